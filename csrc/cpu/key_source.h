@@ -1,0 +1,174 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where attention gets the keys and values of one (request, KV head), in float32.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "common/types.h"
+#include "cpu/attention_tiles.h"
+#include "cpu/words.h"
+
+namespace vericache::cpu {
+
+// Pages hold a multiple of 16 tokens, so the 16 keys of a run lie in one page. A run may hold keys past the last one
+// that is attended to: their bytes are converted, and never used.
+class KeySource {
+ public:
+  virtual ~KeySource() = default;
+  // The run of 16 keys from `key`, a multiple of 16, transposed: channel d goes to tile[d * kTileKeys ..].
+  virtual void pack_keys(int64_t key, float* tile) const = 0;
+  // `count` values from `key` on, all of one run: [count, head_dim].
+  virtual void load_values(int64_t key, int count, float* rows) const = 0;
+};
+
+inline void pack_rows(const float* rows, int head_dim, float* tile) {
+  for (int d = 0; d < head_dim; d += kLanes)
+    transpose_words(rows + d, int64_t(head_dim) * 4,
+                    [&](int w, u32x16 x) { store(tile + (d + w) * kTileKeys, as_float(x)); });
+}
+
+// Two channels a word.
+inline void pack_rows(const bf16* rows, int head_dim, float* tile) {
+  for (int d = 0; d < head_dim; d += 2 * kLanes) {
+    const int first = std::min(d, head_dim - 2 * kLanes);  // the last block may cover channels again
+    transpose_words(rows + first, int64_t(head_dim) * 2, [&](int w, u32x16 x) {
+      float* channel = tile + (first + 2 * w) * kTileKeys;
+      store(channel, as_float(x << 16));
+      store(channel + kTileKeys, as_float(x & 0xffff0000u));
+    });
+  }
+}
+
+// Full pages, or with kv_heads = 1 and kv_head = 0 head pages.
+template <class T>
+class Pages final : public KeySource {
+ public:
+  Pages(const int64_t* table, int kv_heads, int kv_head, int page_size, int head_dim)
+      : table_(table), head_dim_(head_dim), shift_(std::countr_zero(unsigned(page_size))), mask_(page_size - 1),
+        head_offset_(int64_t(kv_head) * page_size * head_dim), value_offset_(int64_t(kv_heads) * page_size * head_dim) {}
+
+  void pack_keys(int64_t key, float* tile) const override { pack_rows(key_row(key), head_dim_, tile); }
+
+  void load_values(int64_t key, int count, float* rows) const override {
+    const T* from = key_row(key) + value_offset_;
+    for (int64_t i = 0; i < int64_t(count) * head_dim_; i += kLanes) store(rows + i, load(from + i));
+  }
+
+ private:
+  const T* key_row(int64_t key) const {
+    return reinterpret_cast<const T*>(table_[key >> shift_]) + head_offset_ + (key & mask_) * head_dim_;
+  }
+
+  const int64_t* table_;
+  int head_dim_, shift_;
+  int64_t mask_, head_offset_, value_offset_;
+};
+
+// Sixteen codes of kBits bits, the least significant first.
+template <int kBits>
+inline u32x16 unpack_codes(const uint8_t* p) {
+  if constexpr (kBits == 8) {
+    return load_bytes(p);
+  } else {
+    constexpr int kPerWord = 32 / kBits;
+    uint32_t words[2] = {};
+    std::memcpy(words, p, size_t(kLanes * kBits / 8));
+    const u32x16 spread = each_part([&](int part) {
+      const int first = part * kPartLanes;
+      if (first / kPerWord == (first + kPartLanes - 1) / kPerWord) return words[first / kPerWord] - WordPart{};
+      WordPart both;
+      for (int i = 0; i < kPartLanes; ++i) both[i] = words[(first + i) / kPerWord];
+      return both;
+    });
+    return spread >> constant_words([](int i) { return uint32_t(i % kPerWord * kBits); }) & ((1u << kBits) - 1);
+  }
+}
+
+// Pages of QuantPageLayout.
+template <class T, int kBits>
+class QuantPages final : public KeySource {
+ public:
+  QuantPages(const int64_t* table, int kv_heads, int kv_head, int page_size, int head_dim, int group)
+      : layout_(QuantPageLayout::make(kv_heads, page_size, head_dim, kBits, group, int(sizeof(T)))), table_(table),
+        kv_head_(kv_head), shift_(std::countr_zero(unsigned(page_size))), mask_(page_size - 1), head_dim_(head_dim),
+        group_(group), row_bytes_(head_dim * kBits / 8) {}
+
+  void pack_keys(int64_t key, float* tile) const override {
+    constexpr int kPerWord = 32 / kBits;
+    const uint8_t* blob = head_blob(key);
+    const int64_t slot = key & mask_;
+    const uint8_t* codes = blob + slot * row_bytes_;
+    const T* scale = reinterpret_cast<const T*>(blob + layout_.code_bytes) + slot / group_ * head_dim_;
+    const T* zero = scale + layout_.k_param_bytes / int64_t(sizeof(T));
+    // A block reads 16 words of each row; past the end of the last row lie the scales, at least as long.
+    const int words = row_bytes_ / 4;
+    for (int block = 0; block < words; block += kLanes) {
+      const int used = std::min(kLanes, words - block);
+      alignas(64) uint32_t columns[kLanes][kLanes];
+      transpose_words(codes + block * 4, row_bytes_, [&](int w, u32x16 x) { std::memcpy(columns[w], &x, sizeof x); });
+      for (int w = 0; w < used; ++w) {
+        u32x16 word;
+        std::memcpy(&word, columns[w], sizeof word);
+#pragma GCC unroll 16
+        for (int c = 0; c < kPerWord; ++c) {
+          const int d = (block + w) * kPerWord + c;
+          const f32x16 code = to_float(word >> (c * kBits) & ((1u << kBits) - 1));
+          store(tile + d * kTileKeys,
+                fma(code, f32x16(vericache::to_float(scale[d])), f32x16(vericache::to_float(zero[d]))));
+        }
+      }
+    }
+  }
+
+  void load_values(int64_t key, int count, float* rows) const override {
+    const uint8_t* part = head_blob(key) + layout_.code_bytes + 2 * layout_.k_param_bytes;
+    const int64_t slot = key & mask_;
+    const int groups = head_dim_ / group_;
+    const uint8_t* codes = part + slot * row_bytes_;
+    const T* scale = reinterpret_cast<const T*>(part + layout_.code_bytes) + slot * groups;
+    const T* zero = scale + layout_.v_param_bytes / int64_t(sizeof(T));
+    for (int i = 0; i < count; ++i, rows += head_dim_, codes += row_bytes_, scale += groups, zero += groups)
+      for (int g = 0; g < groups; ++g) {
+        const f32x16 s(vericache::to_float(scale[g])), z(vericache::to_float(zero[g]));
+        for (int d = g * group_; d < (g + 1) * group_; d += kLanes)
+          store(rows + d, fma(to_float(unpack_codes<kBits>(codes + d * kBits / 8)), s, z));
+      }
+  }
+
+ private:
+  const uint8_t* head_blob(int64_t key) const {
+    return reinterpret_cast<const uint8_t*>(table_[key >> shift_]) + kv_head_ * layout_.head_bytes;
+  }
+
+  QuantPageLayout layout_;
+  const int64_t* table_;
+  int64_t kv_head_;
+  int shift_;
+  int64_t mask_;
+  int head_dim_, group_, row_bytes_;
+};
+
+// A compressed part at keys 0 .. and the tail from `boundary`, a multiple of kSplit: no split holds keys of both.
+template <class Front, class Tail>
+class WithTail final : public KeySource {
+ public:
+  WithTail(Front front, Tail tail, int64_t boundary) : front_(front), tail_(tail), boundary_(boundary) {}
+
+  void pack_keys(int64_t key, float* tile) const override {
+    key < boundary_ ? front_.pack_keys(key, tile) : tail_.pack_keys(key - boundary_, tile);
+  }
+  void load_values(int64_t key, int count, float* rows) const override {
+    key < boundary_ ? front_.load_values(key, count, rows) : tail_.load_values(key - boundary_, count, rows);
+  }
+
+ private:
+  Front front_;
+  Tail tail_;
+  int64_t boundary_;
+};
+
+// Where the tail begins when `length` compressed keys lie before it.
+inline int64_t tail_boundary(int64_t length) { return (length + kSplit - 1) / kSplit * kSplit; }
+
+}  // namespace vericache::cpu

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// cp.async (sm_80 and later): 16-byte copies from global to shared memory that pass by the registers and the L1.
+#pragma once
+
+#include <cstdint>
+
+namespace vericache::cuda {
+
+__device__ __forceinline__ uint32_t smem_address(const void* p) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
+}
+
+// Copies 16 bytes, or writes 16 zero bytes and reads nothing when `valid` is false (src must still be a legal address).
+__device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+}
+
+// The same for a stream that is read once: asks the L2 to bring the whole 256 bytes around it, which keeps DRAM pages
+// open longer when the neighbours are read soon after.
+__device__ __forceinline__ void cp_async16_stream(uint32_t dst, const void* src, bool valid) {
+  const int bytes = valid ? 16 : 0;
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `kPending` of this thread's latest groups are still in flight. Other threads see the bytes only
+// after a barrier.
+template <int kPending>
+__device__ __forceinline__ void cp_async_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+}  // namespace vericache::cuda

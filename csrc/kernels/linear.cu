@@ -1,0 +1,414 @@
+// SPDX-License-Identifier: Apache-2.0
+// out = x @ w^T (+ bias) (+ residual): the batch-invariant matrix product of the decode and verify path.
+//
+// The weights are the long operand: at 1 to 64 rows of x the time is that of reading w once, so w takes the 16-wide
+// side of mma.sync m16n8k16 and the rows of x ("tokens") its 8-wide side; 1 to 8 tokens cost one mma a 16 x 16 block.
+//
+// Work. A tile is 32 * warps rows of w. A cluster of `splits` blocks computes one tile for one block of up to 64
+// tokens, block i of it over the i-th part of k, and adds its parts over distributed shared memory. Grid: one cluster a
+// (tile, token block); without splits one block a multiprocessor, which walks its tiles with the copies of the next
+// tile already in flight. Block: 32 * warps threads; warp i owns rows 32i .. 32i+31 of the tile and all tokens, so w
+// is read from shared memory once.
+// Shared memory: a ring of stages of 64 k, each w [tile rows][64] then x [tokens][64] bf16, filled by cp.async; 16-byte
+// chunk c of row r lies at chunk c ^ (r & 7), which keeps copies and ldmatrix free of bank conflicts.
+//
+// Reduction order (R1): element (token, n) is sum over parts p = 0 .. splits-1, left to right, of the chain
+// mma(k16 step 0), mma(k16 step 1), ... of part p, starting from zero; then + bias, then + residual; one rounding.
+// warps, splits and the cut of k come from linear_plan(n, k) and from nothing else, and the mma is the same for every
+// number of tokens. Held by bench/gpu/dense_check.cu (linear_invariance) and tests/gpu/test_linear.py.
+//
+// float32 storage, and a k that is no multiple of 8, take linear_simple.cu.
+#include "device/cp_async.cuh"
+#include "device/element.cuh"
+#include "device/launch.cuh"
+#include "device/mma.cuh"
+#include "launchers.h"
+#include "linear_plan.h"
+
+namespace vericache::cuda {
+
+void linear_simple(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream);
+
+namespace {
+
+constexpr int kStageK = 64;                   // k a stage: 128 bytes a row, 8 chunks of 16
+constexpr int kRowBytes = kStageK * 2;
+constexpr int kMaxStages = 8;
+constexpr int kStagePad = 4;                  // floats after each token of a float32 tile: no bank conflicts
+constexpr int kSplitSmem = 113 * 1024;        // two blocks of a split kernel fit a multiprocessor: see launch_tiles
+constexpr int kMaxTokenTile = 64;
+
+struct TileArgs {
+  LinearParams p;
+  LinearPlan plan;
+  int token_blocks;
+  int items;   // tiles * token_blocks; token block fastest, so that blocks that run together share their w
+  int stages;
+  bool wide;   // bias, residual and out can be accessed 4 elements at a time
+};
+
+__device__ __forceinline__ void wait_stages(int pending) {
+  switch (pending) {
+    case 0: return cp_async_wait<0>();
+    case 1: return cp_async_wait<1>();
+    case 2: return cp_async_wait<2>();
+    case 3: return cp_async_wait<3>();
+    case 4: return cp_async_wait<4>();
+    case 5: return cp_async_wait<5>();
+    default: return cp_async_wait<6>();
+  }
+}
+
+// Bias, residual, rounding and store of four neighbouring outputs n .. n+3 of one token.
+__device__ __forceinline__ void finish4(const TileArgs& args, int64_t token, int n, float4 sum) {
+  const LinearParams& p = args.p;
+  float v[4] = {sum.x, sum.y, sum.z, sum.w};
+  const auto* bias = static_cast<const __nv_bfloat16*>(p.bias);
+  const auto* residual = static_cast<const __nv_bfloat16*>(p.residual) + token * p.residual_stride_row;
+  if (args.wide && n + 4 <= p.n) {
+    const auto add = [&](const __nv_bfloat16* src) {
+      const uint2 raw = *reinterpret_cast<const uint2*>(src);
+      v[0] += __uint_as_float(raw.x << 16);
+      v[1] += __uint_as_float(raw.x & 0xffff0000u);
+      v[2] += __uint_as_float(raw.y << 16);
+      v[3] += __uint_as_float(raw.y & 0xffff0000u);
+    };
+    if (p.bias) add(bias + n);
+    if (p.residual) add(residual + n);
+    if (p.out_float32) {
+      float* out = static_cast<float*>(p.out) + token * p.out_stride_row + n;
+      *reinterpret_cast<float4*>(out) = make_float4(v[0], v[1], v[2], v[3]);
+    } else {
+      const __nv_bfloat162 lo = __floats2bfloat162_rn(v[0], v[1]), hi = __floats2bfloat162_rn(v[2], v[3]);
+      __nv_bfloat16* out = static_cast<__nv_bfloat16*>(p.out) + token * p.out_stride_row + n;
+      *reinterpret_cast<uint2*>(out) =
+          make_uint2(*reinterpret_cast<const uint32_t*>(&lo), *reinterpret_cast<const uint32_t*>(&hi));
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (n + i >= p.n) return;
+    if (p.bias) v[i] += to_float(bias[n + i]);
+    if (p.residual) v[i] += to_float(residual[n + i]);
+    if (p.out_float32)
+      static_cast<float*>(p.out)[token * p.out_stride_row + n + i] = v[i];
+    else
+      static_cast<__nv_bfloat16*>(p.out)[token * p.out_stride_row + n + i] = __float2bfloat16_rn(v[i]);
+  }
+}
+
+// The copies of one block, in the order in which it consumes them: stage after stage of one item, item after item.
+template <int kTokenTiles>
+struct Loader {
+  const TileArgs& args;
+  uint32_t smem;
+  int stage_bytes, w_bytes;
+  int k_begin, k_end;       // this part of k, in stages
+  int item, item_step, kb;  // next stage to copy
+  int left;                 // stages not yet asked for
+
+  __device__ void w(int slot, int at_item, int at_kb) const {
+    const LinearParams& p = args.p;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int row0 = warp * 32 + lane / 8, chunk = lane % 8;
+    const int n0 = at_item / args.token_blocks * args.plan.tile_rows() + row0;
+    const int k = at_kb * kStageK + chunk * 8;
+    const auto* src = static_cast<const __nv_bfloat16*>(p.w) + int64_t(n0) * p.k + k;
+    const uint32_t dst = smem + slot * stage_bytes + row0 * kRowBytes;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const bool valid = n0 + 4 * i < p.n && k < p.k;
+      const uint32_t to = dst + 4 * i * kRowBytes + ((chunk ^ ((row0 + 4 * i) & 7)) << 4);
+      cp_async16_stream(to, valid ? src + int64_t(4 * i) * p.k : static_cast<const __nv_bfloat16*>(p.w), valid);
+    }
+  }
+
+  __device__ void x(int slot, int at_item, int at_kb) const {
+    const LinearParams& p = args.p;
+    const int token0 = at_item % args.token_blocks * kMaxTokenTile;
+    const uint32_t dst = smem + slot * stage_bytes + w_bytes;
+    for (int i = threadIdx.x; i < kTokenTiles * 64; i += blockDim.x) {
+      const int row = i / 8, chunk = i % 8, k = at_kb * kStageK + chunk * 8;
+      const bool valid = token0 + row < p.rows && k < p.k;
+      const auto* src = static_cast<const __nv_bfloat16*>(p.x);
+      if (valid) src += int64_t(token0 + row) * p.x_stride_row + k;
+      cp_async16(dst + row * kRowBytes + ((chunk ^ (row & 7)) << 4), src, valid);
+    }
+  }
+
+  __device__ void step() {
+    --left;
+    if (++kb == k_end) {
+      kb = k_begin;
+      item += item_step;
+    }
+  }
+
+  __device__ void next(int slot) {
+    if (left <= 0) return;
+    w(slot, item, kb);
+    x(slot, item, kb);
+    step();
+  }
+};
+
+// 32 rows of w by 8 * kTokenTiles tokens by 64 k, from shared memory into a warp's accumulators.
+template <int kTokenTiles>
+__device__ __forceinline__ void multiply_stage(float (&acc)[2][kTokenTiles][4], uint32_t w_warp, uint32_t x) {
+  const int lane = threadIdx.x % 32, swizzle = lane & 7;
+  const uint32_t a_row = w_warp + (lane % 16) * kRowBytes;
+  const uint32_t b_row = x + ((lane / 16) * 8 + lane % 8) * kRowBytes;
+#pragma unroll
+  for (int step = 0; step < kStageK / 16; ++step) {
+    uint32_t a[2][4];
+    const uint32_t a_chunk = ((2 * step + lane / 16) ^ swizzle) << 4;
+    ldmatrix_x4(a[0], a_row + a_chunk);
+    ldmatrix_x4(a[1], a_row + 16 * kRowBytes + a_chunk);
+    const uint32_t b_chunk = ((2 * step + (lane / 8) % 2) ^ swizzle) << 4;
+    if constexpr (kTokenTiles == 1) {
+      uint32_t b[2];
+      ldmatrix_x2(b, x + swizzle * kRowBytes + b_chunk);
+      mma_m16n8k16(acc[0][0], a[0], b[0], b[1]);
+      mma_m16n8k16(acc[1][0], a[1], b[0], b[1]);
+    } else {
+#pragma unroll
+      for (int pair = 0; pair < kTokenTiles / 2; ++pair) {
+        uint32_t b[4];
+        ldmatrix_x4(b, b_row + pair * 16 * kRowBytes + b_chunk);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          mma_m16n8k16(acc[0][2 * pair + half], a[0], b[2 * half], b[2 * half + 1]);
+          mma_m16n8k16(acc[1][2 * pair + half], a[1], b[2 * half], b[2 * half + 1]);
+        }
+      }
+    }
+  }
+}
+
+// One 8-token tile of a warp's accumulators to shared memory, token-major, `pitch` floats a token.
+template <int kTokenTiles>
+__device__ __forceinline__ void spill_tile(const float (&acc)[2][kTokenTiles][4], int tile, float* dst, int pitch) {
+  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    dst[2 * t * pitch + 16 * half + g] = acc[half][tile][0];
+    dst[(2 * t + 1) * pitch + 16 * half + g] = acc[half][tile][1];
+    dst[2 * t * pitch + 16 * half + g + 8] = acc[half][tile][2];
+    dst[(2 * t + 1) * pitch + 16 * half + g + 8] = acc[half][tile][3];
+  }
+}
+
+__device__ __forceinline__ float4 add4(float4 a, float4 b) {
+  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void cluster_barrier() {
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ float4 load_from_rank(uint32_t address, int rank) {
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  float4 v;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(remote)
+               : "memory");
+  return v;
+}
+#else  // never launched with splits on these: launch_tiles plans without
+__device__ __forceinline__ void cluster_barrier() {}
+__device__ __forceinline__ float4 load_from_rank(uint32_t, int) { return float4{}; }
+#endif
+
+// Adds the parts of a split tile. Each block of the cluster finishes 1/splits of the tile's rows, for all tokens.
+template <int kTokenTiles>
+__device__ void reduce_cluster(const TileArgs& args, const float (&acc)[2][kTokenTiles][4], float* partial, int item,
+                               int rank) {
+  const int rows = args.plan.tile_rows(), pitch = rows + kStagePad, warp = threadIdx.x / 32;
+#pragma unroll
+  for (int tile = 0; tile < kTokenTiles; ++tile)
+    spill_tile<kTokenTiles>(acc, tile, partial + tile * 8 * pitch + warp * 32, pitch);
+  cluster_barrier();  // all partial tiles are written
+
+  const int token0 = item % args.token_blocks * kMaxTokenTile;
+  const int tokens = min(args.p.rows - token0, 8 * kTokenTiles);
+  const int n0 = item / args.token_blocks * rows;
+  const int splits = args.plan.splits, share = rows / splits, vectors = share / 4;
+  for (int i = threadIdx.x; i < tokens * vectors; i += blockDim.x) {
+    const int token = i / vectors, row = rank * share + i % vectors * 4;
+    const uint32_t address = smem_address(partial + token * pitch + row);
+    float4 sum = load_from_rank(address, 0);
+    if (splits == 2) {
+      sum = add4(sum, load_from_rank(address, 1));
+    } else {
+      const float4 p1 = load_from_rank(address, 1), p2 = load_from_rank(address, 2), p3 = load_from_rank(address, 3);
+      sum = add4(add4(add4(sum, p1), p2), p3);
+    }
+    finish4(args, token0 + token, n0 + row, sum);
+  }
+  cluster_barrier();  // no block leaves while another reads its partial tile
+}
+
+// Writes a whole tile that was not split: through a private patch of shared memory, so that a warp's stores are runs of
+// 32 neighbours.
+template <int kTokenTiles>
+__device__ void store_tile(const TileArgs& args, const float (&acc)[2][kTokenTiles][4], float* patch, int item) {
+  constexpr int kPitch = 32 + kStagePad;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int token0 = item % args.token_blocks * kMaxTokenTile;
+  const int n = item / args.token_blocks * args.plan.tile_rows() + warp * 32 + lane % 8 * 4;
+#pragma unroll
+  for (int tile = 0; tile < kTokenTiles; ++tile) {
+    spill_tile<kTokenTiles>(acc, tile, patch, kPitch);
+    __syncwarp();
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int token = lane / 8 + 4 * half;
+      const float4 sum = *reinterpret_cast<const float4*>(patch + token * kPitch + lane % 8 * 4);
+      if (token0 + tile * 8 + token < args.p.rows && n < args.p.n)
+        finish4(args, token0 + tile * 8 + token, n, sum);
+    }
+    __syncwarp();
+  }
+}
+
+template <int kTokenTiles, bool kSplit>
+__global__ void __launch_bounds__(256, kSplit ? 2 : 1) linear_tiles(const __grid_constant__ TileArgs args) {
+  extern __shared__ __align__(128) uint8_t smem[];
+  const LinearPlan& plan = args.plan;
+  const int warp = threadIdx.x / 32;
+  const int rank = kSplit ? int(blockIdx.x) % plan.splits : 0;
+  const int first_item = kSplit ? int(blockIdx.x) / plan.splits : int(blockIdx.x);
+  const int item_step = kSplit ? args.items : int(gridDim.x);
+  const int w_bytes = plan.tile_rows() * kRowBytes;
+  const int stage_bytes = w_bytes + kTokenTiles * 8 * kRowBytes;
+  const int k_begin = plan.part_begin(rank), k_end = plan.part_begin(rank + 1);
+  const int my_items = (args.items - first_item + item_step - 1) / item_step;
+  const int total = my_items * (k_end - k_begin);
+
+  Loader<kTokenTiles> loader{args,  smem_address(smem), stage_bytes, w_bytes, k_begin, k_end, first_item,
+                             item_step, k_begin,         total};
+  const int ahead = args.stages - 1;
+  if (args.p.w_settled) {
+    // w alone before the wait: these copies join the group of the first stage, which is then complete when all are.
+    Loader<kTokenTiles> early = loader;
+    for (int s = 0; s < ahead && early.left > 0; ++s, early.step()) early.w(s, early.item, early.kb);
+    wait_for_previous_kernel();
+    for (int s = 0; s < ahead; ++s) {
+      if (loader.left > 0) {
+        loader.x(s, loader.item, loader.kb);
+        loader.step();
+      }
+      cp_async_commit();
+    }
+  } else {
+    wait_for_previous_kernel();
+    for (int s = 0; s < ahead; ++s) {
+      loader.next(s);
+      cp_async_commit();
+    }
+  }
+  let_next_kernel_start();
+
+  float acc[2][kTokenTiles][4];
+  int slot = 0, fill = ahead;
+  for (int j = 0; j < my_items; ++j) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+      for (int tile = 0; tile < kTokenTiles; ++tile)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) acc[half][tile][i] = 0.0f;
+
+    for (int kb = k_begin; kb < k_end; ++kb) {
+      wait_stages(ahead - 1);
+      // Makes this stage's copies by all threads visible, and says that all have finished the stage before, whose
+      // slot is the one filled next.
+      __syncthreads();
+      loader.next(fill);
+      cp_async_commit();
+      const uint32_t stage = smem_address(smem) + slot * stage_bytes;
+      multiply_stage<kTokenTiles>(acc, stage + warp * 32 * kRowBytes, stage + w_bytes);
+      slot = slot + 1 == args.stages ? 0 : slot + 1;
+      fill = fill + 1 == args.stages ? 0 : fill + 1;
+    }
+
+    const int item = first_item + j * item_step;
+    if constexpr (kSplit) {
+      cp_async_wait<0>();
+      __syncthreads();  // the ring is idle: the partial tile takes its place
+      reduce_cluster<kTokenTiles>(args, acc, reinterpret_cast<float*>(smem), item, rank);
+    } else {
+      float* patches = reinterpret_cast<float*>(smem + args.stages * stage_bytes);
+      store_tile<kTokenTiles>(args, acc, patches + warp * 8 * (32 + kStagePad), item);
+    }
+  }
+}
+
+template <int kTokenTiles, bool kSplit>
+void launch_tiles(TileArgs args, const DeviceInfo& info, cudaStream_t stream) {
+  const LinearPlan& plan = args.plan;
+  const int tile_rows = plan.tile_rows();
+  const int stage_bytes = (tile_rows + kTokenTiles * 8) * kRowBytes;
+  // A cluster's blocks must be resident together in one GPC. With room for two on a multiprocessor, all clusters of a
+  // one-wave grid are resident whatever number of multiprocessors the GPCs have.
+  const int budget = kSplit ? std::min(kSplitSmem, info.smem_optin) : info.smem_optin;
+  const int extra = kSplit ? 0 : plan.warps * 8 * (32 + kStagePad) * 4;
+  args.stages = std::min(kMaxStages, (budget - extra) / stage_bytes);
+  VC_CHECK(args.stages >= 2, "linear: a block may use ", info.smem_optin, " bytes of shared memory on this GPU, ",
+           2 * stage_bytes + extra, " are needed; supported are GPUs of compute capability 8.0 or later.");
+  const int partial_bytes = kSplit ? kTokenTiles * 8 * (tile_rows + kStagePad) * 4 : 0;
+  LaunchShape shape;
+  shape.block = dim3(unsigned(32 * plan.warps));
+  shape.smem = size_t(std::max(args.stages * stage_bytes + extra, partial_bytes));
+  shape.cluster = kSplit ? plan.splits : 1;
+  shape.grid = dim3(unsigned(kSplit ? args.items * plan.splits : std::min(args.items, info.multiprocessors)));
+  allow_all_smem<linear_tiles<kTokenTiles, kSplit>>(info);
+  launch(linear_tiles<kTokenTiles, kSplit>, shape, info, stream, args);
+}
+
+template <bool kSplit>
+void launch_for_rows(const TileArgs& args, const DeviceInfo& info, cudaStream_t stream) {
+  const int tokens = std::min(args.p.rows, kMaxTokenTile);
+  if (tokens <= 8) return launch_tiles<1, kSplit>(args, info, stream);
+  if (tokens <= 16) return launch_tiles<2, kSplit>(args, info, stream);
+  if (tokens <= 32) return launch_tiles<4, kSplit>(args, info, stream);
+  return launch_tiles<8, kSplit>(args, info, stream);
+}
+
+bool can_access_wide(const LinearParams& p) {
+  const auto ok = [](const void* ptr, int64_t stride, int bytes) {
+    return ptr == nullptr || (reinterpret_cast<uintptr_t>(ptr) % (4 * bytes) == 0 && stride % 4 == 0);
+  };
+  return ok(p.bias, 0, 2) && ok(p.residual, p.residual_stride_row, 2) &&
+         ok(p.out, p.out_stride_row, p.out_float32 ? 4 : 2);
+}
+
+}  // namespace
+
+size_t linear_workspace_bytes(const LinearParams&) { return 0; }
+
+void linear(const LinearParams& p, cudaStream_t stream) {
+  if (p.rows <= 0 || p.n <= 0) return;
+  const DeviceInfo info = device_info();
+  if (p.dtype == DType::kFloat32 || p.k % 8 != 0 || p.k == 0) return linear_simple(p, info, stream);
+  // Another kernel for an unaligned x would be another order of addition for the same product.
+  VC_CHECK(rows_aligned16(p.x, p.x_stride_row, 2) && aligned16(p.w),
+           "linear: the rows of x (stride ", p.x_stride_row, " elements) and w must start at multiples of 16 bytes; make "
+           "them contiguous.");
+  TileArgs args{};
+  args.p = p;
+  args.plan = linear_plan(p.n, p.k, info.hopper_or_later);
+  args.token_blocks = (p.rows + kMaxTokenTile - 1) / kMaxTokenTile;
+  args.items = args.plan.tiles * args.token_blocks;
+  args.wide = can_access_wide(p);
+  if (args.plan.splits > 1)
+    launch_for_rows<true>(args, info, stream);
+  else
+    launch_for_rows<false>(args, info, stream);
+}
+
+}  // namespace vericache::cuda
