@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Drive CMake and ninja; everything else about the package is in pyproject.toml.
 
-Environment: VERICACHE_CUDA (auto, on, off), VERICACHE_CUDA_ARCHS ("90a" or "80;89;90a;120"), VERICACHE_CPU_ARCH
-(default native), VERICACHE_BUILD_DIR (keeps objects between builds), MAX_JOBS.
+Environment: VERICACHE_CUDA (auto, on, off), VERICACHE_CUDA_ARCHS ("90a" or "80;89;90a;120"),
+VERICACHE_CPU_ARCH (default native), VERICACHE_BUILD_DIR (keeps objects between builds), MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         if importlib.util.find_spec("torch") is None:
             sys.exit(
-                "vericache builds against the torch that is installed, and this Python has none: install torch first, "
-                "then run `pip install --no-build-isolation .`"
+                "vericache builds against the torch that is installed, and this Python has none: install torch "
+                "first, then run `pip install --no-build-isolation .`"
             )
         default_dir = Path(self.build_temp).resolve() / "cmake"
         build_dir = Path(os.environ.get("VERICACHE_BUILD_DIR", default_dir)).resolve()
@@ -60,7 +60,7 @@ def _tool(name: str) -> str:
 
 def _run(command: list[str]) -> None:
     if (code := subprocess.run(command).returncode) != 0:
-        sys.exit(f"vericache: `{command[0]} {command[1]}` failed with exit code {code}; the compiler's output is above.")
+        sys.exit(f"vericache: `{command[0]} {command[1]}` failed with exit code {code}; its output is above.")
 
 
 setup(ext_modules=[Extension("vericache._C", sources=[])], cmdclass={"build_ext": CMakeBuild})

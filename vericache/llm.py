@@ -132,13 +132,16 @@ def _pick_device(device: torch.device | str | None) -> torch.device:
     from vericache import _C
 
     if device is not None:
-        chosen = torch.device(device)
+        try:
+            chosen = torch.device(device)
+        except RuntimeError:
+            raise InvalidRequestError(f"device '{device}' is not supported; use cpu or cuda") from None
         if chosen.type not in ("cpu", "cuda"):
             raise InvalidRequestError(f"device '{device}' is not supported; use cpu or cuda")
-        if chosen.type == "cuda" and not (_C.has_cuda and torch.cuda.is_available()):
+        if chosen.type == "cuda" and not (_C.with_cuda and torch.cuda.is_available()):
             raise InvalidRequestError(f"device '{device}' needs a GPU and a build with CUDA; use device='cpu'")
         return chosen
-    return torch.device("cuda" if _C.has_cuda and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if _C.with_cuda and torch.cuda.is_available() else "cpu")
 
 
 def _default_budget(device: torch.device) -> int | str:

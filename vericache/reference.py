@@ -56,14 +56,16 @@ class ReferenceCache:
         self._config = c
         pages = -(-max_tokens // page_size)
         page_bytes = 2 * c.kv_heads * page_size * c.head_dim * model.dtype.itemsize
-        stride = -(-page_bytes // _PAGE_ALIGN) * _PAGE_ALIGN
-        self._memory: list[Tensor] = []
+        self.page_stride = -(-page_bytes // _PAGE_ALIGN) * _PAGE_ALIGN
+        self.memory: list[Tensor] = []  # a layer's pages, uint8; owns what the tables' addresses point into
         self._tables: list[Tensor] = []
         for _ in range(c.layers):
-            memory = torch.empty(pages * stride + _PAGE_ALIGN, dtype=torch.uint8, device=model.device)
+            memory = torch.empty(
+                pages * self.page_stride + _PAGE_ALIGN, dtype=torch.uint8, device=model.device
+            )
             first = -(-memory.data_ptr() // _PAGE_ALIGN) * _PAGE_ALIGN
-            table = torch.arange(pages, dtype=torch.int64, device=model.device) * stride + first
-            self._memory.append(memory)  # keeps the addresses of the table alive
+            table = torch.arange(pages, dtype=torch.int64, device=model.device) * self.page_stride + first
+            self.memory.append(memory)
             self._tables.append(table[None])
         self._positions = torch.empty(0, dtype=torch.int32, device=model.device)
         self._page_of_row = torch.empty(0, dtype=torch.int64, device=model.device)
@@ -79,6 +81,10 @@ class ReferenceCache:
         self._page_of_row = positions.long() // self.page_size
         self._row_offsets = torch.tensor([0, positions.shape[0]], dtype=torch.int32, device=positions.device)
 
+    def page_table(self, layer: int) -> Tensor:
+        """Page addresses of a layer, int64 [1, pages]; page i holds positions i * page_size and on."""
+        return self._tables[layer]
+
     def write_pages(self, layer: int, active: Sequence[int]) -> Tensor:
         """See `KVView`; all rows are always active here."""
         return self._tables[layer][0, self._page_of_row]
@@ -91,10 +97,10 @@ class ReferenceCache:
             self._tables[layer],
             self._row_offsets,
             self._positions,
-            c.kv_heads,
-            self.page_size,
-            c.softmax_scale,
-            c.windows[layer],
+            kv_heads=c.kv_heads,
+            page_size=self.page_size,
+            scale=c.softmax_scale,
+            window=c.windows[layer],
         )
 
 

@@ -30,17 +30,40 @@ inline std::string shape_text(at::IntArrayRef sizes) {
   return text.str();
 }
 
+// torch's Python name of a dtype, where it is one of ours.
+inline std::string dtype_text(at::ScalarType dtype) {
+  switch (dtype) {
+    case at::kFloat:
+      return "float32";
+    case at::kDouble:
+      return "float64";
+    case at::kHalf:
+      return "float16";
+    case at::kBFloat16:
+      return "bfloat16";
+    case at::kInt:
+      return "int32";
+    case at::kLong:
+      return "int64";
+    case at::kByte:
+      return "uint8";
+    case at::kBool:
+      return "bool";
+    default:
+      return c10::toString(dtype);
+  }
+}
+
 // The storage type T of params.h.
 inline DType storage_dtype(const at::Tensor& t, const char* name) {
   if (t.scalar_type() == at::kFloat) return DType::kFloat32;
   if (t.scalar_type() == at::kBFloat16) return DType::kBFloat16;
-  throw Error(detail::concat(name, " has dtype ", c10::toString(t.scalar_type()),
-                             "; convert it to float32 or bfloat16."));
+  throw Error(detail::concat(name, " has dtype ", dtype_text(t.scalar_type()), "; convert it to float32 or bfloat16."));
 }
 
 inline void check_dtype(const at::Tensor& t, at::ScalarType dtype, const char* name) {
-  VC_CHECK(t.scalar_type() == dtype, name, " has dtype ", c10::toString(t.scalar_type()), "; it must be ",
-           c10::toString(dtype), ".");
+  VC_CHECK(t.scalar_type() == dtype, name, " has dtype ", dtype_text(t.scalar_type()), "; it must be ",
+           dtype_text(dtype), ".");
 }
 
 inline void check_shape(const at::Tensor& t, std::initializer_list<int64_t> want, const char* name) {

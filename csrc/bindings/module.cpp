@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// vericache._C: loading it registers the ops (static initializers of the ops_*.cpp files) and binds the stateful classes.
+// vericache._C: loading it registers the ops (static initializers of the ops_*.cpp files) and binds the stateful
+// classes.
 #include <pybind11/pybind11.h>
 
 #include "common/error.h"
@@ -9,9 +10,7 @@ namespace py = pybind11;
 
 namespace vericache::bindings {
 
-#ifdef VERICACHE_HAS_RUNTIME_BINDING
 void bind_runtime(py::module_& m);  // runtime.cpp
-#endif
 
 namespace {
 
@@ -48,7 +47,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("with_cuda") = false;
 #endif
 
-#ifdef VERICACHE_HAS_RUNTIME_BINDING
   bindings::bind_runtime(m);
-#endif
 }

@@ -7,12 +7,12 @@
 
 #include "common/error.h"
 
-#define VC_CUDA_CHECK(call)                                                                                          \
-  do {                                                                                                               \
-    if (const cudaError_t vc_status = (call); vc_status != cudaSuccess) [[unlikely]] {                               \
-      (void)cudaGetLastError();                                                                                      \
-      throw ::vericache::Error(::vericache::detail::concat("CUDA failed: ", cudaGetErrorString(vc_status), " (",     \
-                                                           cudaGetErrorName(vc_status), ") in ", #call, " at ",      \
-                                                           __FILE__, ":", __LINE__, "."));                           \
-    }                                                                                                                \
+#define VC_CUDA_CHECK(call)                                                                                      \
+  do {                                                                                                           \
+    if (const cudaError_t vc_status = (call); vc_status != cudaSuccess) [[unlikely]] {                           \
+      (void)cudaGetLastError();                                                                                  \
+      throw ::vericache::Error(::vericache::detail::concat("CUDA failed: ", cudaGetErrorString(vc_status), " (", \
+                                                           cudaGetErrorName(vc_status), ") in ", #call, " at ",  \
+                                                           __FILE__, ":", __LINE__, "."));                       \
+    }                                                                                                            \
   } while (0)

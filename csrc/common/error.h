@@ -33,8 +33,8 @@ std::string concat(const Parts&... parts) {
 }  // namespace vericache
 
 // VC_CHECK(k > 0, "k is ", k, "; it must be positive.") throws vericache::Error when the condition is false.
-#define VC_CHECK(condition, ...)                                            \
-  do {                                                                      \
-    if (!(condition)) [[unlikely]]                                          \
-      throw ::vericache::Error(::vericache::detail::concat(__VA_ARGS__));   \
+#define VC_CHECK(condition, ...)                                          \
+  do {                                                                    \
+    if (!(condition)) [[unlikely]]                                        \
+      throw ::vericache::Error(::vericache::detail::concat(__VA_ARGS__)); \
   } while (0)

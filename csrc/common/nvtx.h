@@ -2,23 +2,20 @@
 // Named ranges for NVIDIA's profilers. Without CUDA, or without the NVTX headers, they cost nothing.
 #pragma once
 
-#if defined(VERICACHE_WITH_CUDA) && __has_include(<nvtx3/nvToolsExt.h>)
+#ifdef VERICACHE_WITH_NVTX  // the build found the headers
 #include <nvtx3/nvToolsExt.h>
-#define VERICACHE_HAS_NVTX 1
-#else
-#define VERICACHE_HAS_NVTX 0
 #endif
 
 namespace vericache {
 
 inline void nvtx_push([[maybe_unused]] const char* name) {
-#if VERICACHE_HAS_NVTX
+#ifdef VERICACHE_WITH_NVTX
   nvtxRangePushA(name);
 #endif
 }
 
 inline void nvtx_pop() {
-#if VERICACHE_HAS_NVTX
+#ifdef VERICACHE_WITH_NVTX
   nvtxRangePop();
 #endif
 }

@@ -45,8 +45,10 @@ float round_to(float x) {
 
 inline size_t dtype_size(DType dtype) {
   switch (dtype) {
-    case DType::kFloat32: return 4;
-    case DType::kBFloat16: return 2;
+    case DType::kFloat32:
+      return 4;
+    case DType::kBFloat16:
+      return 2;
   }
   throw Error(detail::concat("unknown dtype code ", int32_t(dtype), "; 0 is float32, 1 is bfloat16."));
 }
@@ -57,8 +59,10 @@ inline const char* dtype_name(DType dtype) { return dtype == DType::kFloat32 ? "
 template <class F>
 decltype(auto) dispatch(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat32: return f(float{});
-    case DType::kBFloat16: return f(bf16{});
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(bf16{});
   }
   throw Error(detail::concat("unknown dtype code ", int32_t(dtype), "; 0 is float32, 1 is bfloat16."));
 }

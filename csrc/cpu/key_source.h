@@ -74,12 +74,10 @@ inline u32x16 unpack_codes(const uint8_t* p) {
     constexpr int kPerWord = 32 / kBits;
     uint32_t words[2] = {};
     std::memcpy(words, p, size_t(kLanes * kBits / 8));
-    const u32x16 spread = each_part([&](int part) {
-      const int first = part * kPartLanes;
-      if (first / kPerWord == (first + kPartLanes - 1) / kPerWord) return words[first / kPerWord] - WordPart{};
-      WordPart both;
-      for (int i = 0; i < kPartLanes; ++i) both[i] = words[(first + i) / kPerWord];
-      return both;
+    const u32x16 second = constant_words([](int i) { return i < kPerWord ? 0u : ~0u; });
+    const u32x16 spread = each_part([&](int i) {
+      const WordPart low = words[0] - WordPart{}, high = words[1] - WordPart{};
+      return kPerWord == kLanes ? low : (low & ~second.part[i]) | (high & second.part[i]);
     });
     return spread >> constant_words([](int i) { return uint32_t(i % kPerWord * kBits); }) & ((1u << kBits) - 1);
   }
@@ -113,9 +111,9 @@ class QuantPages final : public KeySource {
 #pragma GCC unroll 16
         for (int c = 0; c < kPerWord; ++c) {
           const int d = (block + w) * kPerWord + c;
-          const f32x16 code = to_float(word >> (c * kBits) & ((1u << kBits) - 1));
+          const f32x16 code = to_f32x16(word >> (c * kBits) & ((1u << kBits) - 1));
           store(tile + d * kTileKeys,
-                fma(code, f32x16(vericache::to_float(scale[d])), f32x16(vericache::to_float(zero[d]))));
+                fma(code, f32x16(to_float(scale[d])), f32x16(to_float(zero[d]))));
         }
       }
     }
@@ -130,9 +128,9 @@ class QuantPages final : public KeySource {
     const T* zero = scale + layout_.v_param_bytes / int64_t(sizeof(T));
     for (int i = 0; i < count; ++i, rows += head_dim_, codes += row_bytes_, scale += groups, zero += groups)
       for (int g = 0; g < groups; ++g) {
-        const f32x16 s(vericache::to_float(scale[g])), z(vericache::to_float(zero[g]));
+        const f32x16 s(to_float(scale[g])), z(to_float(zero[g]));
         for (int d = g * group_; d < (g + 1) * group_; d += kLanes)
-          store(rows + d, fma(to_float(unpack_codes<kBits>(codes + d * kBits / 8)), s, z));
+          store(rows + d, fma(to_f32x16(unpack_codes<kBits>(codes + d * kBits / 8)), s, z));
       }
   }
 

@@ -69,8 +69,7 @@ inline void tile(f32x16 (&sums)[R][C], const float* x, const W& w, int64_t first
 template <int R, int C, class T>
 inline void tile_tail(f32x16 (&sums)[R][C], const float* x, const DirectW<T>& w, int64_t step) {
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c)
-      sums[r][c] = fma(load(x + (step * R + r) * kLanes), w.get_tail(step, c), sums[r][c]);
+    for (int c = 0; c < C; ++c) sums[r][c] = fma(load(x + (step * R + r) * kLanes), w.get_tail(step, c), sums[r][c]);
 }
 
 #if defined(__AVX512F__)
@@ -84,7 +83,8 @@ inline f32x16 hsum16(const f32x16* s) {
     b[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0x88),
                          _mm512_shuffle_f32x4(a[2 * i], a[2 * i + 1], 0xdd));
   for (int i = 0; i < 2; ++i)  // i + 2: the quarters of b[i] are sums 4i .. 4i+3 of the inputs
-    c[i] = _mm512_add_ps(_mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44), _mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
+    c[i] =
+        _mm512_add_ps(_mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0x44), _mm512_shuffle_ps(b[2 * i], b[2 * i + 1], 0xee));
   // i + 1
   const __m512 d = _mm512_add_ps(_mm512_shuffle_ps(c[0], c[1], 0x88), _mm512_shuffle_ps(c[0], c[1], 0xdd));
   // Element (quarter q, j) of d is the sum of input 4 j + q.
@@ -181,7 +181,8 @@ void with_size(int n, F&& f) {
 // Cache-line aligned floats, not initialized.
 class Scratch {
  public:
-  explicit Scratch(int64_t floats) : memory_(static_cast<float*>(::operator new(size_t(floats) * 4, std::align_val_t{64}))) {}
+  explicit Scratch(int64_t floats)
+      : memory_(static_cast<float*>(::operator new(size_t(floats) * 4, std::align_val_t{64}))) {}
   float* get() const { return memory_.get(); }
 
  private:
@@ -209,9 +210,8 @@ void run(const LinearParams& p) {
     parallel_for(col_tiles, grain, [&](int64_t begin, int64_t end) {
       with_size<kTileRows>(p.rows, [&](auto rows) {
         for (int64_t c = begin; c < end; ++c)
-          with_size<kTileCols>(cols_of(c), [&](auto cols) {
-            direct_tile<T, rows(), cols()>(p, x.get(), 0, c * kTileCols);
-          });
+          with_size<kTileCols>(cols_of(c),
+                               [&](auto cols) { direct_tile<T, rows(), cols()>(p, x.get(), 0, c * kTileCols); });
       });
     });
     return;

@@ -29,7 +29,7 @@ void quant_attention(const QuantAttentionParams& p) {
         case 8: return make_source<T, 8>(p, request, kv_head);
         case 4: return make_source<T, 4>(p, request, kv_head);
         case 2: return make_source<T, 2>(p, request, kv_head);
-        default: throw Error(detail::concat("bits is ", p.bits, "; it must be 2, 4 or 8."));
+        default: throw Error(vericache::detail::concat("bits is ", p.bits, "; it must be 2, 4 or 8."));
       }
     });
   };

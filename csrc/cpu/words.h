@@ -46,19 +46,25 @@ inline u32x16 operator&(u32x16 a, uint32_t bits) { return each_part([&](int i) {
 inline f32x16 as_float(u32x16 bits) { return std::bit_cast<f32x16>(bits); }
 
 // Words below 2^31 as numbers.
-inline f32x16 to_float(u32x16 a) {
+inline f32x16 to_f32x16(u32x16 a) {
   typedef int32_t Signed __attribute__((vector_size(sizeof(WordPart))));
   typedef float Float __attribute__((vector_size(sizeof(WordPart))));
   return as_float(each_part(
       [&](int i) { return WordPart(__builtin_convertvector(Signed(a.part[i]), Float)); }));
 }
 
+// Sixteen bytes, one a lane.
 inline u32x16 load_bytes(const uint8_t* p) {
+#if defined(__AVX512F__)
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return std::bit_cast<u32x16>(_mm512_cvtepu8_epi32(bytes));
+#else
   return each_part([&](int i) {
     BytePart b;
     std::memcpy(&b, p + i * kPartLanes, sizeof b);
     return __builtin_convertvector(b, WordPart);
   });
+#endif
 }
 
 // Lane i = f(i), known when compiled.

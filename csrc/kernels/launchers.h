@@ -35,4 +35,7 @@ void kv_dequantize(const QuantizeParams& p, cudaStream_t stream);
 void gather_tokens(const TokenMoveParams& p, cudaStream_t stream);
 void scatter_tokens(const TokenMoveParams& p, cudaStream_t stream);
 
+void bf16_pack(const Bf16PackParams& p, cudaStream_t stream);
+void bf16_unpack(const Bf16PackParams& p, cudaStream_t stream);
+
 }  // namespace vericache::cuda

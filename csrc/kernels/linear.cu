@@ -18,6 +18,7 @@
 // number of tokens. Held by bench/gpu/dense_check.cu (linear_invariance) and tests/gpu/test_linear.py.
 //
 // float32 storage, and a k that is no multiple of 8, take linear_simple.cu.
+#include "device/cluster.cuh"
 #include "device/cp_async.cuh"
 #include "device/element.cuh"
 #include "device/launch.cuh"
@@ -102,54 +103,72 @@ __device__ __forceinline__ void finish4(const TileArgs& args, int64_t token, int
 template <int kTokenTiles>
 struct Loader {
   const TileArgs& args;
-  uint32_t smem;
-  int stage_bytes, w_bytes;
-  int k_begin, k_end;       // this part of k, in stages
-  int item, item_step, kb;  // next stage to copy
-  int left;                 // stages not yet asked for
+  const uint32_t smem;
+  const int stage_bytes, w_bytes;
+  const int k_begin, k_end;  // this part of k, in stages
+  const int item_step;
+  int item, kb;              // the next stage to copy
+  int left;                  // stages not yet asked for
+  int n_first, token_first;  // row of w and token of this thread's first copy of the item
 
-  __device__ void w(int slot, int at_item, int at_kb) const {
+  __device__ Loader(const TileArgs& a, uint32_t ring, int stage, int w, int begin, int end, int first_item, int step,
+                    int stages)
+      : args(a), smem(ring), stage_bytes(stage), w_bytes(w), k_begin(begin), k_end(end), item_step(step),
+        item(first_item), kb(begin), left(stages) {
+    locate();
+  }
+
+  // Warp i copies rows 32i .. 32i+31 of the tile, which it also consumes, 4 rows an instruction.
+  __device__ __forceinline__ static int own_row() { return int(threadIdx.x) / 8 % 4 + int(threadIdx.x) / 32 * 32; }
+
+  __device__ __forceinline__ void locate() {
+    n_first = item / args.token_blocks * args.plan.tile_rows() + own_row();
+    token_first = item % args.token_blocks * kMaxTokenTile;
+  }
+
+  __device__ __forceinline__ void w(int slot) const {
     const LinearParams& p = args.p;
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int row0 = warp * 32 + lane / 8, chunk = lane % 8;
-    const int n0 = at_item / args.token_blocks * args.plan.tile_rows() + row0;
-    const int k = at_kb * kStageK + chunk * 8;
-    const auto* src = static_cast<const __nv_bfloat16*>(p.w) + int64_t(n0) * p.k + k;
-    const uint32_t dst = smem + slot * stage_bytes + row0 * kRowBytes;
+    const int row = own_row(), chunk = threadIdx.x % 8, k = kb * kStageK + chunk * 8;
+    const auto* base = static_cast<const __nv_bfloat16*>(p.w);
+    const auto* src = base + int64_t(n_first) * p.k + k;
+    const int64_t step = int64_t(4) * p.k;
+    const int rows = k < p.k ? p.n - n_first : 0;  // of w, from the first on, that exist
+    const uint32_t dst = smem + slot * stage_bytes + row * kRowBytes;
+    const uint32_t even = (chunk ^ (row & 7)) << 4, odd = even ^ 64;  // rows 4 apart differ in bit 2 of the chunk
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-      const bool valid = n0 + 4 * i < p.n && k < p.k;
-      const uint32_t to = dst + 4 * i * kRowBytes + ((chunk ^ ((row0 + 4 * i) & 7)) << 4);
-      cp_async16_stream(to, valid ? src + int64_t(4 * i) * p.k : static_cast<const __nv_bfloat16*>(p.w), valid);
+      const bool valid = 4 * i < rows;
+      cp_async16_stream(dst + 4 * i * kRowBytes + (i % 2 == 0 ? even : odd), valid ? src : base, valid);
+      src += step;
     }
   }
 
-  __device__ void x(int slot, int at_item, int at_kb) const {
+  __device__ __forceinline__ void x(int slot) const {
     const LinearParams& p = args.p;
-    const int token0 = at_item % args.token_blocks * kMaxTokenTile;
     const uint32_t dst = smem + slot * stage_bytes + w_bytes;
     for (int i = threadIdx.x; i < kTokenTiles * 64; i += blockDim.x) {
-      const int row = i / 8, chunk = i % 8, k = at_kb * kStageK + chunk * 8;
-      const bool valid = token0 + row < p.rows && k < p.k;
+      const int row = i / 8, chunk = i % 8, k = kb * kStageK + chunk * 8;
+      const bool valid = token_first + row < p.rows && k < p.k;
       const auto* src = static_cast<const __nv_bfloat16*>(p.x);
-      if (valid) src += int64_t(token0 + row) * p.x_stride_row + k;
+      if (valid) src += int64_t(token_first + row) * p.x_stride_row + k;
       cp_async16(dst + row * kRowBytes + ((chunk ^ (row & 7)) << 4), src, valid);
     }
   }
 
-  __device__ void step() {
+  __device__ __forceinline__ void advance() {
     --left;
     if (++kb == k_end) {
       kb = k_begin;
       item += item_step;
+      locate();
     }
   }
 
-  __device__ void next(int slot) {
+  __device__ __forceinline__ void next(int slot) {
     if (left <= 0) return;
-    w(slot, item, kb);
-    x(slot, item, kb);
-    step();
+    w(slot);
+    x(slot);
+    advance();
   }
 };
 
@@ -203,26 +222,6 @@ __device__ __forceinline__ float4 add4(float4 a, float4 b) {
   return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
 }
 
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void cluster_barrier() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ __forceinline__ float4 load_from_rank(uint32_t address, int rank) {
-  uint32_t remote;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
-  float4 v;
-  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
-               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
-               : "r"(remote)
-               : "memory");
-  return v;
-}
-#else  // never launched with splits on these: launch_tiles plans without
-__device__ __forceinline__ void cluster_barrier() {}
-__device__ __forceinline__ float4 load_from_rank(uint32_t, int) { return float4{}; }
-#endif
-
 // Adds the parts of a split tile. Each block of the cluster finishes 1/splits of the tile's rows, for all tokens.
 template <int kTokenTiles>
 __device__ void reduce_cluster(const TileArgs& args, const float (&acc)[2][kTokenTiles][4], float* partial, int item,
@@ -240,16 +239,17 @@ __device__ void reduce_cluster(const TileArgs& args, const float (&acc)[2][kToke
   for (int i = threadIdx.x; i < tokens * vectors; i += blockDim.x) {
     const int token = i / vectors, row = rank * share + i % vectors * 4;
     const uint32_t address = smem_address(partial + token * pitch + row);
-    float4 sum = load_from_rank(address, 0);
+    const auto part = [&](int i) { return load_cluster_float4(map_to_rank(address, i)); };
+    float4 sum = part(0);
     if (splits == 2) {
-      sum = add4(sum, load_from_rank(address, 1));
+      sum = add4(sum, part(1));
     } else {
-      const float4 p1 = load_from_rank(address, 1), p2 = load_from_rank(address, 2), p3 = load_from_rank(address, 3);
+      const float4 p1 = part(1), p2 = part(2), p3 = part(3);
       sum = add4(add4(add4(sum, p1), p2), p3);
     }
     finish4(args, token0 + token, n0 + row, sum);
   }
-  cluster_barrier();  // no block leaves while another reads its partial tile
+  cluster_barrier_after_reads();  // no block leaves while another reads its partial tile
 }
 
 // Writes a whole tile that was not split: through a private patch of shared memory, so that a warp's stores are runs of
@@ -287,20 +287,19 @@ __global__ void __launch_bounds__(256, kSplit ? 2 : 1) linear_tiles(const __grid
   const int stage_bytes = w_bytes + kTokenTiles * 8 * kRowBytes;
   const int k_begin = plan.part_begin(rank), k_end = plan.part_begin(rank + 1);
   const int my_items = (args.items - first_item + item_step - 1) / item_step;
-  const int total = my_items * (k_end - k_begin);
 
-  Loader<kTokenTiles> loader{args,  smem_address(smem), stage_bytes, w_bytes, k_begin, k_end, first_item,
-                             item_step, k_begin,         total};
+  Loader<kTokenTiles> loader(args, smem_address(smem), stage_bytes, w_bytes, k_begin, k_end, first_item, item_step,
+                             my_items * (k_end - k_begin));
   const int ahead = args.stages - 1;
   if (args.p.w_settled) {
     // w alone before the wait: these copies join the group of the first stage, which is then complete when all are.
     Loader<kTokenTiles> early = loader;
-    for (int s = 0; s < ahead && early.left > 0; ++s, early.step()) early.w(s, early.item, early.kb);
+    for (int s = 0; s < ahead && early.left > 0; ++s, early.advance()) early.w(s);
     wait_for_previous_kernel();
     for (int s = 0; s < ahead; ++s) {
       if (loader.left > 0) {
-        loader.x(s, loader.item, loader.kb);
-        loader.step();
+        loader.x(s);
+        loader.advance();
       }
       cp_async_commit();
     }

@@ -31,6 +31,7 @@ constexpr LinearPlan linear_plan(int n, int k, bool clusters) {
     for (int warps = 8; warps >= 2; --warps) {
       LinearPlan plan{warps, splits, (n + 32 * warps - 1) / (32 * warps), (k + 63) / 64};
       if (plan.k_stages < 4 * splits) continue;
+      if (splits > 1 && warps > 6) continue;  // two blocks a multiprocessor and three stages each: kSplitSmem
       const int64_t waves = (int64_t(plan.tiles) * splits + kMultiprocessors - 1) / kMultiprocessors;
       const int64_t part = (plan.k_stages + splits - 1) / splits;
       const int64_t bytes = (plan.tile_rows() + kTokens) * part * 128 +

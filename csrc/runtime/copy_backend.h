@@ -23,23 +23,23 @@ struct CopyRow {
 struct CopyEngineOptions {
   int64_t delay_us_min = 0;  // each job sleeps a random time in [min, max] before it moves its first byte
   int64_t delay_us_max = 0;
-  uint64_t seed = 0;                       // of the delays
-  double bandwidth_bytes_per_s = 0.0;      // emulates a link, a direction each, by sleeping; 0: as fast as memory
-  int64_t fail_after = -1;                 // this many jobs run, the next one fails and moves nothing; -1: none fails
-  bool timing = false;                     // CUDA: measure busy_seconds with timing events, a few microseconds a job
+  uint64_t seed = 0;                   // of the delays
+  double bandwidth_bytes_per_s = 0.0;  // emulates a link, a direction each, by sleeping; 0: as fast as memory
+  int64_t fail_after = -1;             // this many jobs run, the next one fails and moves nothing; -1: none fails
+  bool timing = false;                 // CUDA: measure busy_seconds with timing events, a few microseconds a job
 };
 
 struct CopyJob {
   CopyDirection direction;
-  std::vector<CopyRow> rows;     // coalesced
-  std::vector<EventPtr> before;  // waited for before the first byte moves
-  EventPtr after_copy;           // a copy that this one follows and fails with; null if there is none
-  int64_t after_stream = 0;      // CUDA: the copy follows what is now in this stream ...
+  std::vector<CopyRow> rows;      // coalesced
+  std::vector<EventPtr> before;   // waited for before the first byte moves
+  EventPtr after_copy;            // a copy that this one follows and fails with; null if there is none
+  int64_t after_stream = 0;       // CUDA: the copy follows what is now in this stream ...
   bool has_after_stream = false;  // ... if this is set (0 is a stream too, the default one)
-  std::string failure;           // injected; empty: none
-  EventPtr begin;                // CUDA with timing only
-  EventPtr end;                  // completed, or failed, when the copy is through
-  double busy_seconds = 0.0;     // written before `end` completes; CPU only
+  std::string failure;            // injected; empty: none
+  EventPtr begin;                 // CUDA with timing only
+  EventPtr end;                   // completed, or failed, when the copy is through
+  double busy_seconds = 0.0;      // written before `end` completes; CPU only
 };
 
 using CopyJobPtr = std::shared_ptr<CopyJob>;

@@ -62,7 +62,9 @@ CopyEngine::CopyEngine(int device, const CopyEngineOptions& options) : device_(d
   if (device < 0) {
     backend_ = make_thread_backend(options, [this] {
       // Through the mutex, so that a waiter which has looked and not yet slept does not miss it.
-      { std::lock_guard lock(mutex_); }
+      {
+        std::lock_guard lock(mutex_);
+      }
       progress_.notify_all();
     });
     return;

@@ -89,7 +89,7 @@ class CopyEngine {
   struct Queue {
     std::deque<InFlight> jobs;
     int64_t next_sequence = 0;
-    int64_t completed = 0;  // every sequence below is through
+    int64_t completed = 0;                              // every sequence below is through
     std::unordered_map<int64_t, std::string> failures;  // by sequence
     CopyCounters counters;
   };

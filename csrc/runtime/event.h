@@ -26,6 +26,8 @@ class Event {
 
   // Once recorded work completes, the event has failed for this reason. Before record(), by the thread that records.
   void fail_on_completion(const std::string& reason);
+  // Whether it has failed or is bound to; reason() says why. For the thread that serializes the recording.
+  bool failing() const { return failing_.load(); }
   // CUDA: the event completes when the work now in `stream` has. CPU: the host runs the work itself, so at once.
   void record(int64_t stream);
 
@@ -36,7 +38,7 @@ class Event {
   // Work submitted to `stream` from now on waits for the event; the host does not. CPU: blocks the caller.
   void block_stream(int64_t stream);
 
-  // Valid once poll() or wait() returned kFailed.
+  // Valid once poll() or wait() returned kFailed, or failing() true.
   const std::string& reason() const { return reason_; }
   int device() const { return device_; }
   // Milliseconds from `begin` to this one; both with timing, both complete. 0 on the CPU.
@@ -54,7 +56,7 @@ class Event {
   std::atomic<bool> failing_{false};  // claims reason_: the first reason wins
   bool fails_on_completion_ = false;  // set before recorded_
   std::string reason_;                // written before state_ becomes kFailed
-  void* handle_ = nullptr;  // cudaEvent_t; null on the CPU
+  void* handle_ = nullptr;            // cudaEvent_t; null on the CPU
 };
 
 using EventPtr = std::shared_ptr<Event>;

@@ -14,7 +14,7 @@
 
 #include "common/error.h"
 #ifdef VERICACHE_WITH_CUDA
-#include <cuda_runtime_api.h>
+#include "runtime/cuda_device.h"
 #endif
 
 namespace vericache {
@@ -29,7 +29,8 @@ void pin(void* base, int64_t bytes) {
   if (status == cudaSuccess) return;
   (void)cudaGetLastError();
   VC_CHECK(false, "cannot pin a host block of ", bytes, " bytes at ", base, ": ", cudaGetErrorName(status), ", ",
-           cudaGetErrorString(status), "; raise the locked-memory limit (ulimit -l), lower the host capacity, or use "
+           cudaGetErrorString(status),
+           "; raise the locked-memory limit (ulimit -l), lower the host capacity, or use "
            "unpinned memory");
 }
 #endif
@@ -62,7 +63,7 @@ int64_t cgroup_limit(const std::string& root) {
     const size_t first = line.find(':');
     const size_t second = first == std::string::npos ? first : line.find(':', first + 1);
     if (second == std::string::npos) continue;
-    const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+    const std::string controllers = detail::concat(',', line.substr(first + 1, second - first - 1), ',');
     const std::string group = line.substr(second + 1);
     if (controllers == ",,") limit = std::min(limit, tightest(mount, group, "memory.max"));
     if (controllers.find(",memory,") != std::string::npos) {
@@ -85,18 +86,19 @@ int64_t available_memory(const std::string& root) {
 
 }  // namespace
 
-HostBlock::HostBlock(int64_t bytes, bool pinned) : bytes_(bytes) {
+HostBlock::HostBlock(int64_t bytes, int device) : bytes_(bytes) {
   VC_CHECK(bytes > 0 && bytes % kHostPageBytes == 0, "a host block needs a positive multiple of ", kHostPageBytes,
            " bytes, not ", bytes);
   void* base = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (base == MAP_FAILED) {
-    throw CapacityError(detail::concat("the system gives no further host block of ", bytes, " bytes: ",
-                                       std::strerror(errno), "; lower the host capacity"));
+    throw CapacityError(detail::concat("the system gives no further host block of ", bytes,
+                                       " bytes: ", std::strerror(errno), "; lower the host capacity"));
   }
   address_ = reinterpret_cast<int64_t>(base);
-  if (!pinned) return;
+  if (device < 0) return;
 #ifdef VERICACHE_WITH_CUDA
   try {
+    DeviceGuard guard(device);  // registering needs a context; portable makes it valid in all
     pin(base, bytes);
   } catch (...) {
     release();  // a constructor that throws runs no destructor
@@ -105,7 +107,8 @@ HostBlock::HostBlock(int64_t bytes, bool pinned) : bytes_(bytes) {
   pinned_ = true;
 #else
   release();
-  VC_CHECK(false, "cannot pin a host block of ", bytes, " bytes: this build has no CUDA; use pinned=False");
+  VC_CHECK(false, "cannot pin a host block of ", bytes, " bytes for device ", device,
+           ": this build has no CUDA; use device=-1");
 #endif
 }
 

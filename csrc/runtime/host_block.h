@@ -9,12 +9,14 @@ namespace vericache {
 
 inline constexpr int64_t kHostPageBytes = 4096;
 
-// Owns its memory. Pinned: registered with CUDA as portable and mapped, so that copies run at link speed and kernels
-// may read it. Pinning that fails is an error, not a slower block: overlap must not silently stop being true.
+// Owns its memory. Pinned: registered with CUDA as portable and mapped, so that copies run at link
+// speed and kernels may read it. Pinning that fails is an error, not a slower block: overlap must not silently stop
+// being true.
 class HostBlock {
  public:
-  // bytes: a multiple of kHostPageBytes. Throws CapacityError if the system gives no memory, Error if pinning fails.
-  HostBlock(int64_t bytes, bool pinned);
+  // bytes: a multiple of kHostPageBytes. device: CUDA ordinal to pin for, -1: none. Throws CapacityError if the system
+  // gives no memory, Error if pinning fails.
+  HostBlock(int64_t bytes, int device);
   ~HostBlock();
   HostBlock(HostBlock&& other) noexcept;
   HostBlock& operator=(HostBlock&& other) noexcept;

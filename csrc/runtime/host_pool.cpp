@@ -15,12 +15,15 @@ int64_t round_down(int64_t bytes) { return bytes / kHostPageBytes * kHostPageByt
 
 }  // namespace
 
-HostPool::HostPool(int64_t capacity, int64_t block_bytes, bool pinned)
+HostPool::HostPool(int64_t capacity, int64_t block_bytes, int device)
     : capacity_(round_down(capacity == 0 ? default_host_capacity() : capacity)),
       block_bytes_(round_up(block_bytes)),
-      pinned_(pinned) {
+      device_(device) {
   VC_CHECK(capacity_ > 0, "a host pool's capacity must be at least ", kHostPageBytes, " bytes (or 0 for the default), ",
            "not ", capacity);
+#ifndef VERICACHE_WITH_CUDA
+  VC_CHECK(device < 0, "device ", device, " needs a build with CUDA; this one has the CPU only (use device=-1)");
+#endif
   VC_CHECK(block_bytes > 0, "a host pool's block size must be positive, not ", block_bytes);
 }
 
@@ -69,7 +72,7 @@ void HostPool::grow(int64_t bytes) {
     block_bytes = plan_growth(bytes);
   }
   try {
-    HostBlock block(block_bytes, pinned_);  // slow when pinned
+    HostBlock block(block_bytes, device_);  // slow when pinned
     std::lock_guard lock(mutex_);
     const int64_t address = block.address();
     blocks_.emplace(address, std::move(block));
@@ -85,10 +88,10 @@ int64_t HostPool::plan_growth(int64_t bytes) {
   if (capacity_ - bytes_reserved_ < bytes) trim_locked();
   const int64_t room = capacity_ - bytes_reserved_;
   if (room < bytes) {
-    throw CapacityError(detail::concat(
-        "a host allocation of ", bytes, " bytes does not fit: ", bytes_in_use_, " bytes are in use, ", bytes_reserved_,
-        " of the capacity of ", capacity_, " are taken, the largest free extent is ", largest_free(),
-        "; wait for a request to finish or raise the host capacity"));
+    throw CapacityError(detail::concat("a host allocation of ", bytes, " bytes does not fit: ", bytes_in_use_,
+                                       " bytes are in use, ", bytes_reserved_, " of the capacity of ", capacity_,
+                                       " are taken, the largest free extent is ", largest_free(),
+                                       "; wait for a request to finish or raise the host capacity"));
   }
   const int64_t block_bytes = std::max(bytes, std::min(block_bytes_, room));
   bytes_reserved_ += block_bytes;
@@ -183,7 +186,7 @@ HostPoolStats HostPool::stats() const {
       .largest_free = largest_free(),
       .blocks = static_cast<int64_t>(blocks_.size()),
       .allocations = static_cast<int64_t>(live_.size()),
-      .pinned = pinned_,
+      .pinned = device_ >= 0,
   };
 }
 

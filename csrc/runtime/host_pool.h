@@ -18,20 +18,21 @@
 namespace vericache {
 
 struct HostPoolStats {
-  int64_t capacity;      // bytes the pool may take from the system
+  int64_t capacity;        // bytes the pool may take from the system
   int64_t bytes_reserved;  // taken from the system
   int64_t bytes_in_use;    // allocated, rounded up to pages
   int64_t peak_in_use;
-  int64_t largest_free;    // the largest allocation that needs no new block
+  int64_t largest_free;  // the largest allocation that needs no new block
   int64_t blocks;
-  int64_t allocations;     // live ones
+  int64_t allocations;  // live ones
   bool pinned;
 };
 
 class HostPool {
  public:
   // capacity: bytes; 0 means default_host_capacity(). block_bytes: what one growth step takes, in bytes.
-  explicit HostPool(int64_t capacity = 0, int64_t block_bytes = int64_t{64} << 20, bool pinned = false);
+  // device: CUDA ordinal whose copies it serves, so that blocks are pinned; -1: none are.
+  explicit HostPool(int64_t capacity = 0, int64_t block_bytes = int64_t{64} << 20, int device = -1);
   HostPool(const HostPool&) = delete;
   HostPool& operator=(const HostPool&) = delete;
 
@@ -66,12 +67,12 @@ class HostPool {
 
   const int64_t capacity_;
   const int64_t block_bytes_;
-  const bool pinned_;
+  const int device_;
 
   std::mutex grow_mutex_;  // one growth at a time; taken before mutex_, and never the other way round
   mutable std::mutex mutex_;
-  std::map<int64_t, HostBlock> blocks_;              // by address
-  std::map<int64_t, Extent> free_;                   // by address, for merging
+  std::map<int64_t, HostBlock> blocks_;               // by address
+  std::map<int64_t, Extent> free_;                    // by address, for merging
   std::set<std::pair<int64_t, int64_t>> free_sizes_;  // (bytes, address), for best fit
   std::map<int64_t, Extent> live_;
   int64_t bytes_reserved_ = 0;

@@ -6,6 +6,7 @@
 // Iterations are absolute numbers; the ring knows now() .. now() + horizon - 1.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <unordered_map>
 #include <vector>

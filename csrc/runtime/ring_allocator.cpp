@@ -63,9 +63,7 @@ std::vector<RingSlot> RingAllocator::release(int64_t id) {
 
 const RingSlot& RingAllocator::slot(int64_t id) const { return entries_[index(id)].slot; }
 
-bool RingAllocator::fits(int64_t bytes) const {
-  return bytes > 0 && bytes <= capacity_ && place(align(bytes)) >= 0;
-}
+bool RingAllocator::fits(int64_t bytes) const { return bytes > 0 && bytes <= capacity_ && place(align(bytes)) >= 0; }
 
 int64_t RingAllocator::occupied() const {
   if (entries_.empty()) return 0;

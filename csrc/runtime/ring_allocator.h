@@ -6,6 +6,7 @@
 // skipped come back with the slot that precedes them.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <deque>
 #include <vector>

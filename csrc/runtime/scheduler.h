@@ -2,7 +2,8 @@
 // Which layer of which verifying request is fetched next, and which layers may run. Pure logic: it moves nothing and
 // knows neither ring nor link but by what it is told.
 //
-// A verify is a list of layers with the bytes each has to fetch (0: all of it is on the device already). Its life:
+// A verify is a list of layers with the bytes each has to fetch. A layer of 0 bytes is on the device already: next()
+// leaves it out, and it counts as arrived when its turn comes. Life of a verify:
 //   waiting -> verifying (at most max_verifying at a time) -> done, or cancelled from either.
 // Fetch order: verifies start by priority, equal ones in order of arrival; a verify's layers go in order; no layer of
 // another is fetched before the last layer of the one before has been submitted. That is what makes a FIFO staging
@@ -63,8 +64,8 @@ class Scheduler {
   // Layers below `layer_hi` have run. Returns true if that was the last: the verify is done and leaves.
   bool ran(int64_t id, int64_t layer_hi);
 
-  // Forgets the verify and its reservation. Returns the layers that were submitted and have not run: the caller gives
-  // their slots back and drops their tickets. Empty for an unknown id.
+  // Forgets the verify and its reservation. Returns the layers with bytes that were submitted and have not run: the
+  // caller gives their slots back and drops their tickets. Empty for an unknown id.
   std::vector<int64_t> cancel(int64_t id);
   // Whether the id is neither waiting nor verifying.
   bool done(int64_t id) const;
@@ -84,7 +85,7 @@ class Scheduler {
 
     int64_t layers() const { return static_cast<int64_t>(layer_bytes.size()); }
     bool all_submitted() const { return next_submit == layers(); }
-    void skip_resident();  // layers without bytes arrive when their turn comes
+    void skip_resident();
     void extend_prefix();
   };
 
@@ -94,7 +95,7 @@ class Scheduler {
   const int64_t max_verifying_;
   const int64_t link_rate_;
   int64_t iteration_ = 0;
-  int64_t credit_;                       // bytes that this iteration may still submit; negative: owed
+  int64_t credit_;  // bytes that this iteration may still submit; negative: owed
   std::optional<ReservationRing> link_;
   std::vector<Verify> waiting_;    // in the order in which they start
   std::vector<Verify> verifying_;  // in the order in which they started

@@ -23,11 +23,11 @@ namespace vericache {
 
 struct StagingRingStats {
   int64_t capacity;
-  int64_t occupied;       // bytes that acquire cannot use now
+  int64_t occupied;  // bytes that acquire cannot use now
   int64_t peak_occupied;
   int64_t live_slots;
-  int64_t acquired;       // slots handed out so far
-  int64_t refused;        // times acquire returned -1
+  int64_t acquired;  // slots handed out so far
+  int64_t refused;   // times acquire returned -1
 };
 
 class StagingRing {

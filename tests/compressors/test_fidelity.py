@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 
+from vericache import ops
 from vericache.compressors import LayerEvidence, parse_compressor
 from vericache.compressors.select import budget, top_positions, window_attention
 
@@ -140,14 +141,35 @@ def test_random_keeps_sinks_and_differs_by_head_and_layer() -> None:
     assert len({tuple(row) for row in itertools.chain(*rows)}) == 6
 
 
-def test_kivi_error_is_half_a_step() -> None:
-    """The published formula, in float64: K by channel over tokens, V by token over channels."""
-    generator = torch.Generator().manual_seed(1)
-    x = torch.randn(64, 64, generator=generator, dtype=torch.float64)
-    for bits, group in itertools.product((2, 4, 8), (16, 32, 64)):
-        for axis in (0, 1):
-            parts = x.movedim(axis, 0).reshape(64 // group, group, 64)
-            low, high = parts.amin(1, keepdim=True), parts.amax(1, keepdim=True)
-            scale = (high - low) / (2**bits - 1)
-            back = ((parts - low) / scale).clamp(0, 2**bits - 1).round() * scale + low
-            assert ((back - parts).abs() <= scale / 2 + 1e-12).all()
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("group", [16, 32, 64])
+def test_kivi_error_is_half_a_step(bits: int, group: int) -> None:
+    """A page there and back: within half a step of its group, K grouped along tokens, V along channels."""
+    kivi = parse_compressor(f"kivi:bits={bits},group={group}")
+    heads, page, dim = 2, 64, 64
+    generator = torch.Generator().manual_seed(bits * 100 + group)
+    full = torch.randn(2, heads, page, dim, generator=generator)
+    # Channels of K and tokens of V differ in scale: grouped along the wrong axis, the error would be far greater.
+    full[0] *= 10 ** torch.linspace(-2, 1, dim)
+    full[1] *= 10 ** torch.linspace(-2, 1, page)[:, None]
+    size, guard = kivi.draft_bytes(page, heads, dim, 4, page), 256
+    quant = torch.full((size + guard,), 0xAB, dtype=torch.uint8)
+    back = torch.full_like(full, float("nan"))
+    sizes = {"kv_heads": heads, "head_dim": dim, "page_size": page, "bits": bits, "group": group}
+    table = torch.tensor([quant.data_ptr()])
+    ops.kv_quantize(torch.tensor([full.data_ptr()]), table, full[:0], **sizes)
+    ops.kv_dequantize(torch.tensor([back.data_ptr()]), table, full[:0], **sizes)
+    assert (quant[size:] == 0xAB).all(), "draft_bytes is not the size of a quantized page"
+    for part, axis in ((0, 1), (1, 2)):
+        x, y = (t[part].movedim(axis, 0).reshape(64 // group, group, -1) for t in (full, back))
+        step = (x.amax(1, keepdim=True) - x.amin(1, keepdim=True)) / (2**bits - 1)
+        assert ((y - x).abs() <= step * (0.5 + 1e-4)).all()
+        assert ((y - x).abs() > step * 0.4).any(), "the bound is reached: it could have failed"
+
+
+def test_kivi_keeps_whole_pages_only() -> None:
+    kivi = parse_compressor("kivi:bits=2,group=32")
+    page = kivi.draft_bytes(64, 2, 64, 2, 64)
+    assert [kivi.draft_bytes(n, 2, 64, 2, 64) for n in (0, 63, 64, 65, 128)] == [0, 0, page, page, 2 * page]
+    # 2 bits and two 16-bit numbers for 32 elements: 3 bits an element, as the authors count it.
+    assert page * 8 == 3 * 2 * 2 * 64 * 64

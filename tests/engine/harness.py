@@ -16,7 +16,7 @@ from vericache.engine.request import Request
 from vericache.models.llama import CausalLM
 from vericache.outputs import RequestOutput
 
-STEP_LIMIT = 20_000  # iterations; a scenario that needs more is stuck
+STEP_LIMIT = 4_000  # iterations; a scenario that needs more is stuck
 
 
 @dataclass(frozen=True)

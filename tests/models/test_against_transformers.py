@@ -7,8 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_checkpoints import KINDS, VOCAB, Kind, make_prompt, transformers_greedy, write_checkpoint
 
+from tests.models.tiny_checkpoints import (
+    KINDS,
+    VOCAB,
+    Kind,
+    kind_named,
+    make_prompt,
+    transformers_greedy,
+    write_checkpoint,
+)
 from vericache import reference
 from vericache.models import list_models, load_model
 from vericache.models.checkpoint import find_model
@@ -31,7 +39,8 @@ def test_greedy_tokens_and_logits(kind: Kind, tmp_path: Path) -> None:
     )
     assert output.token_ids == tokens
     assert output.logits is not None
-    torch.testing.assert_close(output.logits, logits, rtol=1e-4, atol=1e-4)
+    # Measured: both lie within 1e-5 of the largest logit of a float64 pass, ours nearer.
+    torch.testing.assert_close(output.logits, logits, rtol=1e-4, atol=3e-5 * float(logits.abs().max()))
     logprobs = logits.log_softmax(-1).gather(-1, torch.tensor(tokens)[:, None])[:, 0]
     torch.testing.assert_close(torch.tensor(output.logprobs), logprobs, rtol=1e-4, atol=1e-4)
 
@@ -49,10 +58,10 @@ def test_the_window_matters(kind: Kind, tmp_path: Path) -> None:
     assert (one.logits - other.logits).abs().max() > 1e-2
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], KINDS[10], KINDS[12]], ids=lambda kind: kind.name)
-def test_bfloat16_checkpoint(kind: Kind, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["llama2", "qwen2", "qwen3"])
+def test_bfloat16_checkpoint(name: str, tmp_path: Path) -> None:
     """A bfloat16 file keeps its dtype; its logits stay near the float32 computation on the same weights."""
-    theirs = write_checkpoint(kind, tmp_path, dtype=torch.bfloat16)
+    theirs = write_checkpoint(kind_named(name), tmp_path, dtype=torch.bfloat16)
     ours = load_model(tmp_path)
     assert ours.dtype == torch.bfloat16
     _, logits = transformers_greedy(theirs, PROMPT, 1)
@@ -64,7 +73,7 @@ def test_bfloat16_checkpoint(kind: Kind, tmp_path: Path) -> None:
 
 def test_bfloat16_checkpoint_in_float32(tmp_path: Path) -> None:
     """Asked for float32, a bfloat16 file computes as transformers does in float32."""
-    theirs = write_checkpoint(KINDS[0], tmp_path, dtype=torch.bfloat16)
+    theirs = write_checkpoint(kind_named("llama2"), tmp_path, dtype=torch.bfloat16)
     tokens, _ = transformers_greedy(theirs, PROMPT, TOKENS)
     ours = load_model(tmp_path, dtype=torch.float32)
     assert reference.generate(ours, PROMPT, max_tokens=TOKENS, ignore_eos=True).token_ids == tokens

@@ -1,4 +1,8 @@
-"""Writes the model card from a run's facts and scores: `python -m tools.train_nano.card EVAL_JSON MODEL_DIR`."""
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the model card from a run's facts and scores.
+
+python -m tools.train_nano.card EVAL_JSON MODEL_DIR
+"""
 
 from __future__ import annotations
 
@@ -18,14 +22,16 @@ tags: [vericache, llama, long-context, test-model]
 
 # vericache-nano
 
-A Llama-architecture model of {millions:.1f}M parameters ({megabytes:.1f} MB in bfloat16) that ships with vericache, so that
-examples, tests and CI run on a CPU without a download. It is made to *use its context*: it copies arguments of tool calls
-exactly out of records scattered over up to 16K tokens. It is not a chat model and knows nothing worth asking.
+A Llama-architecture model of {millions:.1f}M parameters ({megabytes:.1f} MB in bfloat16) that ships
+with vericache, so that examples, tests and CI run on a CPU without a download. It is made to *use
+its context*: it copies arguments of tool calls exactly out of records scattered over up to 16K
+tokens. It is not a chat model and knows nothing worth asking.
 
 | | |
 | --- | --- |
 | layers, hidden, feed-forward | {layers}, {hidden}, {intermediate} (SwiGLU) |
-| attention | {heads} query heads, {kv_heads} KV heads (GQA group {group}), head_dim {head_dim}, RoPE theta {rope_theta:.0f} |
+| attention | {heads} query heads, {kv_heads} KV heads (GQA group {group}), head_dim {head_dim} |
+| RoPE theta | {rope_theta:.0f} |
 | positions | {positions} (prompts up to 16,384 and room to answer) |
 | vocabulary | {vocab}, byte-level BPE, every digit its own token; embeddings tied |
 
@@ -34,42 +40,53 @@ exactly out of records scattered over up to 16K tokens. It is not a chat model a
     <|begin|>CONTEXT
     <|question|>QUESTION<|answer|>ANSWER<|end|>
 
-Encode with `add_special_tokens=False`; `<|end|>` is the end-of-sequence token. `tools/train_nano/exercises.py`
-makes exercises: `make_exercise(kind, target_tokens, seed, tokenizer)`.
+Encode with `add_special_tokens=False`; `<|end|>` is the end-of-sequence token.
+`tools/train_nano/exercises.py` makes exercises: `make_exercise(kind, target_tokens, seed,
+tokenizer)`.
 
-- `tool_call`: two or three calls. The request names an order; the order's record names a customer and an item; their
-  records hold the e-mail, address, token, SKU that the calls need. Question: `refund order amber-417`.
+- `tool_call`: two or three calls. The request names an order; the order's record names a customer
+  and an item; their records hold the e-mail, address, token, SKU that the calls need. Question:
+  `refund order amber-417`.
 - `quote`: a named short function, word for word. Question: `quote the function amber_ridge`.
 - `variable`: two or three assignments. Question: `show the variables amber_ridge, nova_pond, silk_moon`.
-- `key`: three keys of one of several dictionaries that share their keys. Question: `look up port, host, mode in the table amber_ridge`.
+- `key`: three keys of one of several dictionaries that share their keys.
+  Question: `look up port, host, mode in the table amber_ridge`.
 
 ## Scores
 
-Greedy exact match of the whole answer (full KV cache, bfloat16 weights) on held-out exercises: fresh seeds, filler source that
-training never saw.
+Greedy exact match of the whole answer (full KV cache, bfloat16 weights) on held-out exercises:
+fresh seeds, filler source that training never saw.
 
 {scores}
 
-{counts} exercises of each kind at each length. An answer counts only if every token, the end mark included, is right.
+{counts} exercises of each kind at each length. An answer counts only if every token, the end mark
+included, is right. Each is decided by one forward pass over prompt and answer: greedy decoding
+writes exactly the answer if and only if the top token is right after each right prefix.
 
 ## Training
 
-`tools/train_nano/train.py`, from scratch: {minutes:.1f} minutes of training on one {device} (torch {torch}), {steps} steps of {step_tokens} tokens,
-{billions:.2f}B tokens. Muon (rate {muon_lr}, decay {decay}) for the hidden matrices, AdamW (rate {adam_lr}) for the embedding and the norms; warm-up,
-plateau, linear decay to zero. Row lengths grow from 512 to 16,384 tokens. Loss weights: answers 1, source text and questions 0.1,
-records 0.05.
+`tools/train_nano/train.py`, from scratch: {minutes:.1f} minutes of training on one {device} (torch
+{torch}), {steps} steps of {step_tokens} tokens, {billions:.2f}B tokens. Muon (rate {muon_lr}, decay
+{decay}) for the hidden matrices, AdamW (rate {adam_lr}) for the embedding and the norms; warm-up,
+plateau, linear decay to zero. Row lengths grow from 512 to 16,384 tokens. Loss weights: answers 1,
+everything else 0.1 or less.
 
-Data: generated exercises, and Python source of {packages} packages that state a permissive licence ({source_mb:.1f} MB of text): the
-Python standard library (PSF-2.0; the modules used as held-out filler excluded) and installed packages. The largest:
+Data: generated exercises, and Python source of {packages} packages that state a permissive licence
+({source_mb:.1f} MB of text): the Python standard library (PSF-2.0; the modules used as held-out
+filler excluded) and packages installed beside it. The tokenizer was trained by `prepare.py` on the
+same kinds of text. `eval.json` lists every package with its licence; the largest:
 
 {sources}
 
 ## Limits
 
 - It answers the four exercise formats. Other wording gives other text, with confidence.
-- Records, keys and names follow the generators in `tools/train_nano/world.py`; strings of other shapes copy less surely.
-- Its Python is fluent-looking noise.
-- Filler depends on the running Python's standard library, so scores on another Python version differ a little.
+- Records, keys and names follow `tools/train_nano/world.py`; strings of other shapes copy less
+  surely.
+- Quoting a function out of 16K tokens of similar source is its weakest exercise.
+- As a language model of Python it is fluent noise.
+- Filler depends on the running Python's standard library, so scores on another Python differ a
+  little.
 
 The weights are released under the Apache License 2.0.
 """

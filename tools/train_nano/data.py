@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training batches: rows that mix source text, records and many questions, made by worker processes."""
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from .filler import Filler
 from .world import BEGIN, KINDS
 
 # Codes of the loss weights; the trainer holds the weights themselves.
-SOURCE, RECORD, ASKED, ANSWERED = 0, 1, 2, 3
+SOURCE, PASSAGE, ASKED, ANSWERED = 0, 1, 2, 3
 KIND_WEIGHTS = {"tool_call": 0.45, "quote": 0.2, "variable": 0.15, "key": 0.2}
 # (progress up to which the stage lasts, {row length: share of the batches})
 CURRICULUM: tuple[tuple[float, dict[int, float]], ...] = (
@@ -107,7 +108,7 @@ class RowMaker:
             between = self.filler.take(rng, rng.randrange(size) if rng.random() < 0.5 else 0, False).tolist()
             ids += passage + between + passage
             # The start of the second copy cannot be foreseen.
-            codes += [RECORD] * size + [SOURCE] * len(between) + [RECORD] * 4 + [ANSWERED] * (size - 4)
+            codes += [PASSAGE] * size + [SOURCE] * len(between) + [PASSAGE] * 4 + [ANSWERED] * (size - 4)
         return ids, codes
 
     def batch(self, rng: random.Random, rows: int, length: int, repeats: float) -> Batch:

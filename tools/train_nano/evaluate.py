@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Greedy exact match on held-out exercises.
 
 One forward pass over prompt and answer decides it: greedy decoding with the full cache writes exactly the
@@ -61,7 +62,8 @@ def score(
         tokens: about how many tokens to run at a time.
 
     Returns:
-        For each kind `exact` (share of answers right in full), `token` (share of answer tokens right), `count`.
+        For each kind `exact` (share of answers right in full), `token` (share of answer tokens right),
+        `count`.
     """
     device = model.embedding.device
     hits: dict[str, list[float]] = {kind: [] for kind in KINDS}

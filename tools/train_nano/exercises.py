@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Long-context exercises: tool calls from scattered records, quoting, variable and key look-ups.
 
 `make_exercise` is a pure function of its arguments (and of the filler text): benchmarks and tests may

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes the model in the Hugging Face layout: bfloat16 safetensors in shards, and its configuration."""
 
 from __future__ import annotations

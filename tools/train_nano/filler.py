@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pre-tokenised source text, cut at line starts."""
 
 from __future__ import annotations

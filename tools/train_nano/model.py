@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The Llama architecture with per-layer weights stacked, written for fast training of a small model.
 
 Everything but attention works on flat rows [tokens, hidden], so that one compiled version serves every
@@ -80,7 +81,7 @@ def before_attention(
 def after_attention(
     x: Tensor, attended: Tensor, wo: Tensor, norm: Tensor, gate: Tensor, up: Tensor, down: Tensor, eps: float
 ) -> Tensor:
-    """Output projection, and the feed-forward part. x [tokens, hidden], attended [tokens, heads * head_dim]."""
+    """Output projection and feed-forward part; x [tokens, hidden], attended [tokens, heads * head_dim]."""
     x = x + F.linear(attended, wo.to(x.dtype))
     y = rms_norm(x, norm, eps)
     y = F.silu(F.linear(y, gate.to(y.dtype))) * F.linear(y, up.to(y.dtype))

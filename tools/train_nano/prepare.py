@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains the tokenizer: `python -m tools.train_nano.prepare --out DIR`."""
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from pathlib import Path
 from .exercises import world_for
 from .sources import iter_sources, permissive_packages, short_functions
 from .tokenizer import save_tokenizer, train_tokenizer
-from .world import KINDS
 from .words import WORDS
+from .world import KINDS
 
 POSITIONS = 17408
 

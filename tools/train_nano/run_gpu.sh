@@ -1,4 +1,5 @@
 #!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
 # One leg of training on a GPU machine: run_gpu.sh OUT WORK MINUTES LEG_MINUTES [further options of train.py]
 # Continues from WORK/checkpoint.pt where there is one. OUT gets the weights, configuration, scores and log.
 set -u

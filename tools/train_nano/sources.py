@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Python source for training and for filler: which files, under which licence, and which are held out."""
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ from importlib import metadata
 from pathlib import Path
 
 # Kept out of training; the filler of held-out exercises. Plain library modules that every CPython ships.
-HELD_OUT_MODULES: tuple[str, ...] = tuple(
-    """
-    argparse bdb calendar cmd configparser csv difflib fractions ftplib gettext heapq imaplib ipaddress
-    mailbox mimetypes netrc optparse pathlib pickletools plistlib poplib pprint pstats queue sched shelve
-    shlex smtplib statistics tarfile textwrap trace uuid zipapp
-    """.split()
+# fmt: off
+HELD_OUT_MODULES: tuple[str, ...] = (
+    "argparse", "bdb", "calendar", "cmd", "configparser", "csv", "difflib", "fractions", "ftplib",
+    "gettext", "heapq", "imaplib", "ipaddress", "mailbox", "mimetypes", "netrc", "optparse", "pathlib",
+    "pickletools", "plistlib", "poplib", "pprint", "pstats", "queue", "sched", "shelve", "shlex", "smtplib",
+    "statistics", "tarfile", "textwrap", "trace", "uuid", "zipapp",
 )
+# fmt: on
 PERMISSIVE = re.compile(r"\b(MIT|BSD|Apache|PSF|Python Software Foundation|ISC|0BSD|Zlib)\b", re.IGNORECASE)
 REFUSED = re.compile(r"GPL|MPL|Mozilla|EUPL|CC-BY|Proprietary|NVIDIA|Commercial", re.IGNORECASE)
 MAX_FILE_BYTES = 300_000

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The byte-level BPE tokenizer of vericache-nano.
 
 Digits stand alone, a newline and the indentation after it are one pre-token, and no pre-token reaches

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains vericache-nano within a fixed time.
 
     python -m tools.train_nano.train --out runs/nano --tokenizer vericache/assets/vericache-nano --minutes 11
@@ -20,7 +21,7 @@ import torch
 from tokenizers import Tokenizer
 
 from .card import write_card
-from .data import Feeder, save_filler
+from .data import ANSWERED, Feeder, save_filler
 from .evaluate import evaluate
 from .export import export
 from .filler import build_filler
@@ -28,7 +29,7 @@ from .model import Nano, NanoConfig, pick_backend
 from .optim import NanoOptimizer, learning_rate_scale
 from .sources import iter_sources, permissive_packages
 
-# Loss weights of source, records, questions and answers (see data.SOURCE and following).
+# Loss weights of the codes data.SOURCE (records too), PASSAGE, ASKED and ANSWERED.
 CODE_WEIGHTS = (0.1, 0.05, 0.1, 1.0)
 WARM_STEPS = 300
 
@@ -84,8 +85,8 @@ def prepare_source(args: argparse.Namespace, work: Path) -> Path:
     (work / "sources.json").write_text(json.dumps(manifest[::-1], indent=1) + "\n", encoding="utf-8")
     seconds = time.perf_counter() - start
     print(
-        f"source: {sum(used.values()) / 1e6:.1f} MB of {len(used)} packages, {len(filler.ids) / 1e6:.1f}M tokens, "
-        f"{len(filler.functions)} short functions, {seconds:.0f} s",
+        f"source: {sum(used.values()) / 1e6:.1f} MB of {len(used)} packages, "
+        f"{len(filler.ids) / 1e6:.1f}M tokens, {len(filler.functions)} short functions, {seconds:.0f} s",
         flush=True,
     )
     return path
@@ -170,7 +171,7 @@ class Trainer:
         export(self.model, self.args.out / "model", self.args.tokenizer)
 
     def step(self) -> tuple[torch.Tensor, torch.Tensor, int]:
-        """One step. Returns the loss, the share of right answer tokens (both on the device), the row length."""
+        """One step; returns loss and share of right answer tokens (on the device), and the row length."""
         batch = self.feeder.next()
         ids = torch.from_numpy(batch.ids).to(self.device, torch.int64)
         codes = torch.from_numpy(batch.codes).to(self.device, torch.int64)
@@ -179,7 +180,7 @@ class Trainer:
         )
         loss.backward()
         self.optimizer.step(learning_rate_scale(self.progress), self.clock.steps / WARM_STEPS)
-        answered = (codes.roll(-1, 1) == 3).flatten()
+        answered = (codes.roll(-1, 1) == ANSWERED).flatten()
         accuracy = (right & answered).sum() / answered.sum().clamp_min(1)
         return loss.detach(), accuracy, ids.size(1)
 
@@ -236,8 +237,8 @@ class Trainer:
                 if self.clock.trained - printed > 8:
                     printed = self.clock.trained
                     print(
-                        f"{self.clock.trained:6.1f} s  step {self.clock.steps}  loss {loss:.4f}  answers {means}  "
-                        f"{rate / 1e6:.2f}M tok/s  queue {self.feeder.queue.qsize()}",
+                        f"{self.clock.trained:6.1f} s  step {self.clock.steps}  loss {loss:.4f}  "
+                        f"answers {means}  {rate / 1e6:.2f}M tok/s  queue {self.feeder.queue.qsize()}",
                         flush=True,
                     )
                 window.clear()

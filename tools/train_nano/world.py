@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The random content of an exercise: records, variables, tables, and the questions about them.
 
 Every piece of context is a text that starts with a newline and does not end with one. The tokenizer

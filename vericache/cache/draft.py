@@ -158,7 +158,7 @@ class KeptDraft(DraftCache):
     def _move(self, op, pages: np.ndarray, table: Tensor, positions: Tensor, counts: Tensor) -> None:  # type: ignore[no-untyped-def]
         g = self.geometry
         full = torch.from_numpy(np.ascontiguousarray(pages)).to(g.device)
-        op(full, table, positions, counts, self._like, g.head_dim, g.page_size)
+        op(full, table, positions, counts, self._like, head_dim=g.head_dim, page_size=g.page_size)
 
 
 class QuantDraft(DraftCache):
@@ -220,7 +220,8 @@ class QuantDraft(DraftCache):
             g = self.geometry
             ops.kv_quantize(torch.from_numpy(np.ascontiguousarray(full)).to(g.device),
                             torch.from_numpy(np.ascontiguousarray(quant)).to(g.device), self._like,
-                            g.kv_heads, g.head_dim, g.page_size, self.bits, self.group)  # fmt: skip
+                            kv_heads=g.kv_heads, head_dim=g.head_dim, page_size=g.page_size,
+                            bits=self.bits, group=self.group)  # fmt: skip
 
 
 def quant_page_bytes(geometry: KVGeometry, bits: int, group: int) -> int:

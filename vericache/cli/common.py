@@ -21,7 +21,7 @@ Model = Annotated[str, typer.Option("--model", "-m", help="A shipped model's nam
 Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts.", show_default=False)]
 PromptFiles = Annotated[
     list[str] | None,
-    typer.Option("--prompt-file", "-f", help="A file with one prompt, taken as it is; - is stdin. May be repeated."),
+    typer.Option("--prompt-file", "-f", help="A file with one prompt, used as it is; - is stdin."),
 ]
 Compressor = Annotated[
     str, typer.Option("--compressor", "-c", help="The draft cache's method: see `vericache compressors`.")

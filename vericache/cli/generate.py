@@ -115,7 +115,7 @@ def _figures(output: RequestOutput) -> str:
     stats = output.stats
     parts = [
         f"{stats.mode}: {output.prompt_tokens} prompt tokens in {stats.prefill_s:.2f} s",
-        f"{len(output.token_ids)} tokens ({output.finish_reason}) at {common.tokens_per_second(output):.1f}/s",
+        f"{stats.emitted} tokens ({output.finish_reason}) at {common.tokens_per_second(output):.1f}/s",
     ]
     if stats.rounds:
         parts.append(f"{stats.accepted_per_round:.1f} tokens a round")

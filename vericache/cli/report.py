@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from difflib import SequenceMatcher
 from typing import TYPE_CHECKING
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from vericache.cli.common import tokens_per_second
 from vericache.cli.compare import MODES, Comparison, Difference
 from vericache.cli.console import human_bytes, out
 
@@ -49,44 +49,44 @@ def print_report(
 
 def _table(comparisons: Sequence[Comparison]) -> Table:
     answered = any(c.expected is not None for c in comparisons)
-    columns = ["mode", "same tokens as full", "first difference"]
-    columns += ["right answer"] if answered else []
-    columns += ["tokens", "tokens a round", "fetched a token", "tokens/s", "prefill s", "decode s"]
-    table = Table(*columns)
+    # Two-line heads and a light frame: nine columns must fit a terminal of 80.
+    table = Table(box=box.SIMPLE, collapse_padding=True, pad_edge=False)
+    for name in ("\nmode", "same\ntokens", "parts at\ntoken", *(("right\nanswer",) if answered else ())):
+        table.add_column(name, no_wrap=True)
+    for name in ("\ntokens", "tokens\na round", "fetched\na token", "\nprefill", "\ndecode"):
+        table.add_column(name, no_wrap=True, justify="right")
     for mode in MODES:
-        outputs = [c.outputs[mode] for c in comparisons]
-        same = sum(c.differences[mode] is None for c in comparisons)
-        firsts = [d.index for c in comparisons if (d := c.differences[mode]) is not None]
-        good = same == len(comparisons)
-        emitted = sum(len(o.token_ids) for o in outputs)
-        rounds = sum(o.stats.rounds for o in outputs)
-        decode = max(o.stats.decode_s for o in outputs)
-        row = [
-            Text(LABELS[mode], style="bold"),
-            Text(
-                "reference" if mode == "full" else f"{same}/{len(comparisons)}",
-                style="green" if good else "red",
-            ),
-            Text(f"token {min(firsts)}" if firsts else "-", style="red" if firsts else ""),
-        ]
-        if answered:
-            right, asked = (
-                sum(bool(c.right(mode)) for c in comparisons),
-                sum(c.expected is not None for c in comparisons),
-            )
-            row.append(Text(f"{right}/{asked}", style="green" if right == asked else "red"))
-        fetched = sum(o.stats.fetched_bytes for o in outputs)
-        speed = tokens_per_second(outputs[0]) if len(outputs) == 1 else emitted / decode if decode else 0.0
-        row += [
-            Text(str(emitted)),
-            Text(f"{sum(o.stats.accepted for o in outputs) / rounds:.1f}" if rounds else "-"),
-            Text(human_bytes(fetched / emitted) if emitted and rounds else "-"),
-            Text(f"{speed:.1f}"),
-            Text(f"{sum(o.stats.prefill_s for o in outputs):.1f}"),
-            Text(f"{decode:.1f}"),
-        ]
-        table.add_row(*row)
+        table.add_row(*_row(mode, comparisons, answered))
     return table
+
+
+def _row(mode: str, comparisons: Sequence[Comparison], answered: bool) -> list[Text]:
+    outputs = [c.outputs[mode] for c in comparisons]
+    differences = [c.differences[mode] for c in comparisons]
+    firsts = [d.index for d in differences if d is not None]
+    same = len(comparisons) - len(firsts)
+    verdict = "-" if mode == "full" else f"{same}/{len(comparisons)}"
+    cells = [
+        Text(LABELS[mode], style="bold"),
+        Text(verdict, style="red" if firsts else "green"),
+        Text(str(min(firsts)) if firsts else "-", style="red" if firsts else ""),
+    ]
+    if answered:
+        asked = [c.right(mode) for c in comparisons if c.expected is not None]
+        cells.append(Text(f"{sum(map(bool, asked))}/{len(asked)}", style="green" if all(asked) else "red"))
+    emitted = sum(o.stats.emitted for o in outputs)
+    rounds = sum(o.stats.rounds for o in outputs)
+    fetched = sum(o.stats.fetched_bytes for o in outputs)
+    # Requests of a batch decode together, so the longest one's time is the batch's.
+    decode = max(o.stats.decode_s for o in outputs)
+    figures = [
+        str(emitted),
+        f"{sum(o.stats.accepted for o in outputs) / rounds:.1f}" if rounds else "-",
+        human_bytes(fetched / emitted) if rounds and emitted else "-",
+        f"{max(o.stats.prefill_s for o in outputs):.1f} s",
+        f"{decode:.1f} s",
+    ]
+    return cells + [Text(figure) for figure in figures]
 
 
 def _print_texts(console: Console, tokenizer: Tokenizer, number: int, comparison: Comparison) -> None:
@@ -95,12 +95,10 @@ def _print_texts(console: Console, tokenizer: Tokenizer, number: int, comparison
     full, lossy = comparison.outputs["full"].text, comparison.outputs["lossy"].text
     same = _common_prefix(full, lossy)
     left, right = marked(full, lossy, same)
-    table = Table(
-        show_lines=False, expand=True, title=f"prompt {number}: {_sentence(tokenizer, 'lossy', difference)}"
-    )
-    table.add_column(
-        "full KV and vericache" if comparison.differences["vericache"] is None else "full KV", ratio=1
-    )
+    title = f"prompt {number}: {_sentence(tokenizer, 'lossy', difference)}"
+    table = Table(expand=True, title=title, title_justify="left", title_style="")
+    verified = comparison.differences["vericache"] is None
+    table.add_column("full KV and vericache" if verified else "full KV", ratio=1)
     table.add_column("lossy", ratio=1)
     table.add_row(left, right)
     console.print(table)
@@ -159,6 +157,6 @@ def _print_verdict(console: Console, tokenizer: Tokenizer, comparisons: Sequence
             Text.assemble(
                 ("vericache: all ", "green"),
                 (f"{total} tokens identical to full KV", "bold green"),
-                (f"; lossy went wrong on {lossy} of {len(comparisons)} prompt(s)", "green"),
+                (f"; lossy left it on {lossy} of {len(comparisons)} prompt(s)", "green"),
             )
         )

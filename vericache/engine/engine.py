@@ -30,6 +30,7 @@ from vericache.engine.view import IterationView, ResidentPages, SpanKV, StagedPa
 from vericache.errors import InvalidRequestError, VericacheError
 from vericache.models.interface import RowSpan
 from vericache.models.llama import CausalLM
+from vericache.profiling import profiler_range
 
 
 @dataclass
@@ -68,14 +69,15 @@ class Engine:
         self._decode = decode
         host_budget = int(config.host_budget) if config.host_budget is not None else _C.default_host_capacity()
         self._pool = _C.HostPool(capacity=host_budget, device=self._device_index())
-        self._copies = _C.CopyEngine(device=self._device_index(), delay_us_max=config.copy_delay_us,
-                                     bandwidth_bytes_per_s=config.link_bytes_per_s)  # fmt: skip
+        options = _C.CopyEngineOptions(delay_us_max=config.copy_delay_us,
+                                       bandwidth_bytes_per_s=config.link_bytes_per_s)  # fmt: skip
+        self._copies = _C.CopyEngine(self._device_index(), options)
         self.admission = Admission(self.geometry, c, self.compressor, config, model.weight_bytes, self._pool,
                                    self._copies, host_budget)  # fmt: skip
         self._fetcher: Fetcher | None = None
         if self.admission.staging_bytes:
             ring = Fetcher.make_buffer(self.admission.staging_bytes, self.device)
-            self._fetcher = Fetcher(ring, self._copies, config.max_verifying, self._stream)
+            self._fetcher = Fetcher(ring, self._copies, config.max_verifying, self._device_index(), self._stream)
         self._next_id = 0
         self._waiting: list[Request] = []
         self._prefill: list[PrefillTask] = []
@@ -136,7 +138,9 @@ class Engine:
         progressed = self._step_prefill()
         self._begin_verifications()
         if self._fetcher is not None:
-            for request, reason in self._fetcher.pump():
+            with profiler_range("swap"):
+                failed = self._fetcher.pump()
+            for request, reason in failed:
                 self._fail(request, reason)
         plan = self._plan()
         if plan:
@@ -162,7 +166,7 @@ class Engine:
             return False
         task = self._prefill[0]
         try:
-            with _C.nvtx_range("prefill"):
+            with profiler_range("prefill"):
                 task.step()
         except VericacheError as error:  # no host memory, a failed store: this request's own trouble
             self._fail(task.request, str(error))
@@ -200,19 +204,25 @@ class Engine:
 
     def _plan(self) -> list[_Rows]:
         layers = self.geometry.layers
+        verifies = [
+            _Rows(task.request, "verify", np.arange(task.position, task.last_position + 1), lo, hi, task.hidden, task)
+            for task, lo, hi in (self._fetcher.runnable() if self._fetcher is not None else [])
+        ]
+        # The window's last position is the one that draft and verifier both feed. Once the verifier's rows are under
+        # way its K and V must stay (R2), so a draft that has not fed that position by then waits for the outcome.
+        exact_to = {rows.request.id: rows.task.last_position for rows in verifies if rows.task is not None}
         direct_full, direct_lossy, drafts = [], [], []
         for request in self._running:
             if request.mode == "vericache":
-                if request.wants_draft(self.config.run_ahead_len(request.draft_len)):
-                    drafts.append(_Rows(request, "draft", np.asarray([request.draft_position]), 0, layers))
+                at = request.draft_position
+                barred = exact_to.get(request.id, request.exact_to)
+                if at > barred and request.wants_draft(self.config.run_ahead_len(request.draft_len)):
+                    drafts.append(_Rows(request, "draft", np.asarray([at]), 0, layers))
             else:
                 rows = _Rows(request, "direct", np.asarray([request.verified]), 0, layers)
                 (direct_full if request.mode == "full" else direct_lossy).append(rows)
-        verifies = [
-            _Rows(task.request, "verify", np.arange(task.position, task.position + len(task.window)), lo, hi,
-                  task.hidden, task)
-            for task, lo, hi in (self._fetcher.runnable() if self._fetcher is not None else [])
-        ]  # fmt: skip
+        for rows in verifies:
+            rows.request.exact_to = exact_to[rows.request.id]
         return direct_full + verifies + direct_lossy + drafts
 
     def _span(self, rows: _Rows, start: int) -> SpanKV:
@@ -259,7 +269,7 @@ class Engine:
             start = kv[-1].stop
         positions = torch.from_numpy(np.concatenate([r.positions for r in plan]).astype(np.int32)).to(self.device)
         view = IterationView(self.geometry, kv, self.model.config.softmax_scale, self.model.config.windows)
-        with _C.nvtx_range("forward: " + "+".join(sorted({r.kind for r in plan}))):
+        with profiler_range("+".join(sorted({r.kind for r in plan}))):
             hidden = self.model.forward(self._embed(plan), positions, spans, view)
         finished, pieces = [], []
         for rows, span in zip(plan, spans, strict=True):
@@ -288,7 +298,7 @@ class Engine:
                 rows.request.verified += 1
                 self._emit(rows.request, tokens[part], logprobs[part], logits[part])
             else:
-                with _C.nvtx_range("accept"):
+                with profiler_range("accept"):
                     self._take_verified(rows, tokens[part], logprobs[part], logits[part])
 
     def _take_draft(self, request: Request, token: int) -> None:
@@ -298,9 +308,8 @@ class Engine:
 
     def _take_verified(self, rows: _Rows, tokens: list[int], logprobs: list[float], logits: Tensor) -> None:
         request, task = rows.request, rows.task
-        assert task is not None and self._fetcher is not None
-        self._fetcher.finish(task)
-        request.verifying = False
+        assert task is not None
+        request.verifying, request.exact_to = False, -1
         result = accept(request.draft, tokens)
         request.draft = list(result.draft)
         count = len(result.emitted)

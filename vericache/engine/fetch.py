@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vericache import _C
@@ -30,9 +31,13 @@ class Verification:
     position: int
     tail_page: int
     hidden: Tensor | None = None
-    layer: int = 0
     restored: dict[int, np.ndarray] = field(default_factory=dict)
     slots: dict[int, int] = field(default_factory=dict)
+
+    @property
+    def last_position(self) -> int:
+        """Position of the window's last row."""
+        return self.position + len(self.window) - 1
 
 
 @dataclass
@@ -47,10 +52,10 @@ class _Transfer:
 class Fetcher:
     """Moves bytes for verifications; decides nothing about what to move (the scheduler) or why (the engine)."""
 
-    def __init__(self, ring_buffer: Tensor, copies: _C.CopyEngine, max_verifying: int,
+    def __init__(self, ring_buffer: Tensor, copies: _C.CopyEngine, max_verifying: int, device_index: int,
                  stream: Callable[[], int]) -> None:  # fmt: skip
-        self._buffer = ring_buffer
-        self._ring = _C.StagingRing(ring_buffer.data_ptr(), ring_buffer.numel())
+        self._buffer = ring_buffer  # keeps the ring's memory alive
+        self._ring = _C.StagingRing(ring_buffer.data_ptr(), ring_buffer.numel(), device_index)
         self._copies = copies
         self._scheduler = _C.Scheduler(max_verifying)
         self._stream = stream
@@ -58,7 +63,7 @@ class Fetcher:
         self._transfers: list[_Transfer] = []
 
     @staticmethod
-    def make_buffer(nbytes: int, device) -> Tensor:  # type: ignore[no-untyped-def]
+    def make_buffer(nbytes: int, device: torch.device) -> Tensor:
         """Device memory for the ring."""
         return aligned_bytes(nbytes, device)
 
@@ -79,6 +84,7 @@ class Fetcher:
 
     def pump(self) -> list[tuple[Request, str]]:
         """Collect arrivals and submit what the ring has room for. Returns requests whose copies failed for good."""
+        self._scheduler.begin_iteration()
         failed = self._collect()
         while (item := self._scheduler.next()) is not None:
             request_id, layer = item
@@ -87,17 +93,13 @@ class Fetcher:
             assert cache is not None and store is not None
             stored = store.used(layer)
             nbytes = cache.slot_bytes(layer, stored)
-            slot = self._ring.acquire(nbytes) if nbytes else -1
-            if nbytes and slot < 0:
+            slot = self._ring.acquire(nbytes)  # a layer that needs none never comes here
+            if slot < 0:
                 break
             self._scheduler.submitted(request_id, layer)
-            if nbytes:
-                task.slots[layer] = slot
+            task.slots[layer] = slot
             if stored:
-                table = store.fetch_table(layer, self._ring.address(slot))
-                ticket = self._copies.submit(table, "h2d", slot=slot, after_stream=self._stream())
-                self._transfers.append(_Transfer(task, layer, slot, ticket, 1))
-                task.request.stats.fetched_bytes += stored
+                self._transfers.append(self._submit(task, layer, slot, 1))
             else:
                 self._arrive(task, layer)
         return failed
@@ -117,15 +119,10 @@ class Fetcher:
     def ran(self, task: Verification, layer_hi: int) -> None:
         """The rows have passed layers below ``layer_hi``: their slots are free again."""
         for layer in [n for n in task.slots if n < layer_hi]:
-            self._ring.release(task.slots.pop(layer))
+            self._ring.release(task.slots.pop(layer), self._stream())
             task.restored.pop(layer, None)
-        task.layer = layer_hi
-        self._scheduler.ran(task.request.id, layer_hi)
-
-    def finish(self, task: Verification) -> None:
-        """The verification is complete."""
-        self._scheduler.done(task.request.id)
-        del self._tasks[task.request.id]
+        if self._scheduler.ran(task.request.id, layer_hi):
+            del self._tasks[task.request.id]
 
     def cancel(self, request: Request) -> None:
         """Drop a request's verification, waiting for copies that still write its slots."""
@@ -139,7 +136,7 @@ class Fetcher:
                 pass  # the request is going away; only the slot matters
             self._transfers.remove(transfer)
         for slot in task.slots.values():
-            self._ring.release(slot)
+            self._ring.release(slot, self._stream())
         task.slots.clear()
         self._scheduler.cancel(request.id)
 
@@ -154,24 +151,25 @@ class Fetcher:
                     waiting.append(transfer)
             except VericacheError as error:
                 if transfer.attempts < RETRIES:
-                    waiting.append(self._resubmit(transfer))
+                    waiting.append(self._submit(transfer.task, transfer.layer, transfer.slot,
+                                                transfer.attempts + 1))  # fmt: skip
                 else:
                     failed.append((transfer.task.request, f"fetching layer {transfer.layer} failed "
                                    f"{RETRIES} times: {error}"))  # fmt: skip
         self._transfers = waiting
         return failed
 
-    def _resubmit(self, transfer: _Transfer) -> _Transfer:
-        store = transfer.task.request.store
+    def _submit(self, task: Verification, layer: int, slot: int, attempt: int) -> _Transfer:
+        store = task.request.store
         assert store is not None
-        table = store.fetch_table(transfer.layer, self._ring.address(transfer.slot))
-        transfer.task.request.stats.fetched_bytes += store.used(transfer.layer)
-        ticket = self._copies.submit(table, "h2d", slot=transfer.slot, after_stream=self._stream())
-        return _Transfer(transfer.task, transfer.layer, transfer.slot, ticket, transfer.attempts + 1)
+        table = store.fetch_table(layer, self._ring.address(slot))
+        # The slot's last readers are in the compute stream: the copy follows them.
+        ticket = self._copies.submit(table, "h2d", ring=self._ring, slot=slot, after_stream=self._stream())
+        task.request.stats.fetched_bytes += store.used(layer)
+        return _Transfer(task, layer, slot, ticket, attempt)
 
     def _arrive(self, task: Verification, layer: int) -> None:
         cache, store = task.request.cache, task.request.store
         assert cache is not None and store is not None
-        address = self._ring.address(task.slots[layer]) if layer in task.slots else 0
-        task.restored[layer] = cache.restore(layer, address, store.used(layer))
+        task.restored[layer] = cache.restore(layer, self._ring.address(task.slots[layer]), store.used(layer))
         self._scheduler.arrived(task.request.id, layer)

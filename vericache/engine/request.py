@@ -47,6 +47,7 @@ class Request:
         self.draft: list[int] = []
         self.verified = 0
         self.verifying = False
+        self.exact_to = -1  # last position whose K and V a verification has begun to make exact
         self.ring: PageRing | None = None
         self.cache: DraftCache | None = None
         self.store: HostKV | None = None

@@ -72,7 +72,7 @@ class StagedPages:
     def table(self, layer: int, pages: int) -> np.ndarray:
         """See PageSource."""
         tail = self._ring.addresses(self._tail_page, pages) + layer * self.layer_stride
-        return np.concatenate([self._restored[layer], tail])
+        return np.concatenate([self._restored[layer], tail]) if self._tail_page else tail
 
 
 @dataclass(frozen=True)
@@ -159,20 +159,22 @@ class IterationView:
         g = self._g
         if group.kind == "paged":
             table = self._paged_table(layer, group.spans)
-            return ops.paged_attention(q, table, group.row_offsets, group.row_position,
-                                       g.kv_heads, g.page_size, self._scale, self._windows[layer])  # fmt: skip
+            return ops.paged_attention(q, table, group.row_offsets, group.row_position, kv_heads=g.kv_heads,
+                                       page_size=g.page_size, scale=self._scale,
+                                       window=self._windows[layer])  # fmt: skip
         tables = self._draft_tables.get(group.spans)
         if tables is None:
             tables = self._draft_tables[group.spans] = self._build_draft_tables(group)
         tail = tables[0] + layer * tables[1]
         if group.kind == "kept":
-            return ops.kept_attention(q, tables[3][layer], tables[4][layer], tail, tables[2],
-                                      group.row_offsets, group.row_position, g.page_size, self._scale)  # fmt: skip
+            return ops.kept_attention(q, tables[3][layer], tables[4][layer], tail, tables[2], group.row_offsets,
+                                      group.row_position, page_size=g.page_size, scale=self._scale)  # fmt: skip
         draft = self._spans[group.spans[0]].draft
         assert isinstance(draft, QuantDraft)
         return ops.quant_attention(q, tables[3] + layer * tables[4], tables[2], tail,
-                                   group.row_offsets, group.row_position, g.kv_heads, g.page_size,
-                                   draft.bits, draft.group, self._scale)  # fmt: skip
+                                   group.row_offsets, group.row_position, kv_heads=g.kv_heads,
+                                   page_size=g.page_size, bits=draft.bits, group=draft.group,
+                                   scale=self._scale)  # fmt: skip
 
     def _paged_table(self, layer: int, spans: tuple[int, ...]) -> Tensor:
         rows = []

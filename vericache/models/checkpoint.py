@@ -78,8 +78,9 @@ def load_model(
         raise UnsupportedModelError(
             f"the storage dtype {dtype} is not supported; torch.float32 and torch.bfloat16 are."
         )
-    config = replace(config, dtype=dtype, max_positions=max_positions or config.max_positions)
-    cos, sin = rope_tables(config.rope, config.max_positions)
+    positions = config.max_positions if max_positions is None else max_positions
+    config = replace(config, dtype=dtype, max_positions=positions)
+    cos, sin = rope_tables(config.rope, positions)
     device = torch.device(device)
     weights = load_weights(folder, config, dtype, device, progress)
     return CausalLM(config, weights, cos.to(device), sin.to(device))

@@ -8,8 +8,6 @@ refused by name.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +15,8 @@ from typing import Any
 
 import torch
 
-from vericache.errors import CheckpointError, UnsupportedModelError
+from vericache.errors import UnsupportedModelError
+from vericache.models.fields import Fields, read_json
 from vericache.models.rope_config import RopeConfig, parse_rope
 
 SUPPORTED_ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
@@ -92,55 +91,6 @@ class ModelConfig:
         return any(self.windows)
 
 
-class Fields:
-    """Typed access to a parsed config.json; every complaint names the file and the field."""
-
-    def __init__(self, values: Mapping[str, Any], where: str):
-        self.values = values
-        self.where = where
-
-    def has(self, name: str) -> bool:
-        return self.values.get(name) is not None
-
-    def integer(self, name: str, default: int | None = None, *, minimum: int = 1) -> int:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if value is None:
-            raise UnsupportedModelError(
-                f"{self.where} lacks the field {name!r}, which this architecture needs."
-            )
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise UnsupportedModelError(
-                f"{self.where}: {name} is {value!r}, not an integer of at least {minimum}."
-            )
-        return value
-
-    def number(self, name: str, default: float | None = None, *, above: float = 0.0) -> float:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if value is None:
-            raise UnsupportedModelError(
-                f"{self.where} lacks the field {name!r}, which this architecture needs."
-            )
-        if (
-            isinstance(value, bool)
-            or not isinstance(value, int | float)
-            or not math.isfinite(value)
-            or value <= above
-        ):
-            raise UnsupportedModelError(
-                f"{self.where}: {name} is {value!r}, not a finite number above {above:g}."
-            )
-        return float(value)
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        value = self.values.get(name)
-        value = default if value is None else value
-        if not isinstance(value, bool):
-            raise UnsupportedModelError(f"{self.where}: {name} is {value!r}, not true or false.")
-        return value
-
-
 def load_config(folder: Path) -> ModelConfig:
     """Reads `config.json` and, where present, `generation_config.json`.
 
@@ -153,26 +103,6 @@ def load_config(folder: Path) -> ModelConfig:
     """
     values = read_json(folder / "config.json", needed=True)
     return parse_config(values, read_json(folder / "generation_config.json", needed=False))
-
-
-def read_json(path: Path, *, needed: bool) -> dict[str, Any]:
-    """A JSON object from a checkpoint folder; {} where the file is absent and not needed."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        if not needed:
-            return {}
-        raise CheckpointError(
-            f"{path.parent} holds no {path.name}; a Hugging Face checkpoint folder has config.json, "
-            "*.safetensors and tokenizer.json."
-        ) from None
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON ({error}); download it again.") from None
-    if not isinstance(values, dict):
-        raise CheckpointError(
-            f"{path} holds a JSON {type(values).__name__}, not an object; download it again."
-        )
-    return values
 
 
 def parse_config(values: Mapping[str, Any], generation: Mapping[str, Any] | None = None) -> ModelConfig:
@@ -257,6 +187,10 @@ def _refuse_unimplemented(values: Mapping[str, Any], architecture: str) -> None:
             f"config.json: partial_rotary_factor is {values['partial_rotary_factor']!r}; only 1.0 is "
             "supported."
         )
+    if values.get("rope_interleaved"):
+        raise UnsupportedModelError(
+            "config.json: rope_interleaved is set; only the half-split layout is supported."
+        )
     # Fields another architecture implements: silently ignoring one would load a different model than was
     # trained.
     foreign = {"mlp_bias": ("LlamaForCausalLM",), "attention_bias": ("LlamaForCausalLM", "Qwen3ForCausalLM")}
@@ -281,9 +215,9 @@ def _head_dim(fields: Fields, architecture: str, hidden: int, heads: int) -> int
         )
     else:
         head_dim = hidden // heads
-    if head_dim % 2 or head_dim < 4:
+    if not 32 <= head_dim <= 256 or head_dim % 16:
         raise UnsupportedModelError(
-            f"config.json: head_dim is {head_dim}; the rotary embedding needs an even one of at least 4."
+            f"config.json: head_dim is {head_dim}; multiples of 16 from 32 to 256 are supported."
         )
     return head_dim
 

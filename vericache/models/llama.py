@@ -120,6 +120,8 @@ class CausalLM:
         owned = False
         for segment in _segments(spans):
             rows = _merge([(spans[i].start, spans[i].stop) for i in segment.active])
+            if not rows:
+                continue
             if rows == [(0, hidden.shape[0])]:
                 hidden = self._run(hidden, positions, segment, kv)
                 owned = True
@@ -145,7 +147,7 @@ class CausalLM:
         """
         w = self.weights
         normed = ops.rms_norm(hidden, w.final_norm, self.config.rms_norm_eps)
-        return ops.linear(normed, w.lm_head, None, None, True)
+        return ops.linear(normed, w.lm_head, out_float32=True)
 
     def _run(self, x: Tensor, positions: Tensor, segment: _Segment, kv: KVView) -> Tensor:
         """Layers of one segment; x (T) [active rows, hidden] is the residual stream of exactly its rows."""
@@ -155,26 +157,16 @@ class CausalLM:
         active = segment.active
         for layer in range(segment.lo, segment.hi):
             w = self.weights.layers[layer]
-            qkv = ops.linear(ops.rms_norm(x, w.input_norm, eps), w.qkv, w.qkv_bias, None, False)
+            qkv = ops.linear(ops.rms_norm(x, w.input_norm, eps), w.qkv, w.qkv_bias)
             pages = kv.write_pages(layer, active)
             q = ops.rope_write(
-                qkv,
-                w.q_norm,
-                w.k_norm,
-                cos,
-                sin,
-                positions,
-                pages,
-                q_heads,
-                kv_heads,
-                head_dim,
-                page_size,
-                eps,
-            )
+                qkv, w.q_norm, w.k_norm, cos, sin, positions, pages,
+                q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, eps=eps,
+            )  # fmt: skip
             attended = kv.attend(layer, q, active)
-            x = ops.linear(attended.view(-1, q_size), w.out, w.out_bias, x, False)
-            gate_up = ops.linear(ops.rms_norm(x, w.post_norm, eps), w.gate_up, w.gate_up_bias, None, False)
-            x = ops.linear(ops.silu_mul(gate_up), w.down, w.down_bias, x, False)
+            x = ops.linear(attended.view(-1, q_size), w.out, w.out_bias, x)
+            gate_up = ops.linear(ops.rms_norm(x, w.post_norm, eps), w.gate_up, w.gate_up_bias)
+            x = ops.linear(ops.silu_mul(gate_up), w.down, w.down_bias, x)
         return x
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from tokenizers import Tokenizer as Backend
 
 from vericache.errors import CheckpointError, InvalidRequestError
-from vericache.models.config import read_json
+from vericache.models.fields import read_json
 
 # What a decoder prints for bytes that are no complete character (yet).
 _REPLACEMENT = "\ufffd"

@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vericache.errors import CheckpointError, UnsupportedModelError
-from vericache.models.config import ModelConfig, read_json
+from vericache.models.config import ModelConfig
+from vericache.models.fields import read_json
 from vericache.models.llama import LayerWeights, ModelWeights
 
 INDEX_NAME = "model.safetensors.index.json"

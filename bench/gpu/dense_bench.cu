@@ -1,0 +1,227 @@
+// SPDX-License-Identifier: Apache-2.0
+// Times of the CUDA kernels other than attention: CUDA graph replays, medians, inputs rotated past the L2. The floor is
+// the bytes that must move over the copy rate measured first in the same run.
+//
+//   dense_bench [results.json]
+#include "harness.cuh"
+#include "kernels/launchers.h"
+
+namespace vericache::bench {
+namespace {
+
+constexpr size_t kPastL2 = size_t(400) << 20;  // bytes that one rotation walks over, at least
+double g_copy_rate = 0;                        // bytes a microsecond, read plus written
+
+int sets_for(size_t bytes) { return int(std::clamp<size_t>((kPastL2 + bytes - 1) / bytes, 2, 64)); }
+
+void copy_rate(Report& report) {
+  const size_t bytes = size_t(1) << 30;
+  const Buffer a = random_buffer<float>(bytes / 4, 1), b(bytes);
+  const double us = time_graph(4, 7, [&](int, cudaStream_t s) {
+    VC_CUDA_CHECK(cudaMemcpyAsync(b.get(), a.get(), bytes, cudaMemcpyDeviceToDevice, s));
+  });
+  g_copy_rate = 2.0 * bytes / us;
+  report.time("device_copy_1GiB", us, 2.0 * bytes, us);
+}
+
+void linear_times(Report& report, int n, int k) {
+  using T = __nv_bfloat16;
+  const size_t w_bytes = size_t(n) * k * 2;
+  const int sets = sets_for(w_bytes);
+  std::vector<Buffer> w;
+  for (int i = 0; i < sets; ++i) w.push_back(random_buffer<T>(size_t(n) * k, 100 + i, 0.02f));
+  const Buffer x = random_buffer<T>(size_t(512) * k, 1), out(size_t(512) * n * 4);
+  const bool logits = n > 100000;
+  for (const int rows : {1, 8, 16, 32, 64, 128, 256, 512}) {
+    if (rows == 512 && logits) continue;
+    for (const bool settled : {false, true}) {
+      if (settled && rows > 64) continue;
+      LinearParams p{};
+      p.x = x.get(), p.out = out.get(), p.x_stride_row = k, p.out_stride_row = n;
+      p.rows = rows, p.n = n, p.k = k, p.out_float32 = logits, p.dtype = DType::kBFloat16, p.w_settled = settled;
+      const int launches = std::max(sets, 12);
+      const double us = time_graph(launches, 9, [&](int i, cudaStream_t s) {
+        p.w = w[size_t(i % sets)].get();
+        cuda::linear(p, s);
+      });
+      const double bytes = double(w_bytes) + double(rows) * k * 2 + double(rows) * n * (logits ? 4 : 2);
+      report.time(text("linear M=", rows, " N=", n, " K=", k, settled ? " w_settled" : ""), us, bytes, bytes / g_copy_rate);
+    }
+  }
+}
+
+void layer_op_times(Report& report) {
+  using T = __nv_bfloat16;
+  for (const int rows : {1, 8, 64}) {
+    const int dim = 4096, inter = 14336, q_heads = 32, kv_heads = 8, head_dim = 128, page_size = 64;
+    const Buffer x = random_buffer<T>(size_t(rows) * dim, 1), residual = random_buffer<T>(size_t(rows) * dim, 2);
+    const Buffer weight = random_buffer<T>(dim, 3), out(size_t(rows) * dim * 2), sum(size_t(rows) * dim * 2);
+    const RmsNormParams norm{x.get(), residual.get(), weight.get(), out.get(), sum.get(), dim, dim, rows, dim, 1e-5f,
+                             DType::kBFloat16};
+    double bytes = 4.0 * rows * dim * 2;
+    report.time(text("add_rms_norm rows=", rows), time_graph(32, 9, [&](int, cudaStream_t s) { cuda::rms_norm(norm, s); }),
+                bytes, bytes / g_copy_rate);
+
+    const Buffer gate_up = random_buffer<T>(size_t(rows) * 2 * inter, 4), act(size_t(rows) * inter * 2);
+    const SiluMulParams silu{gate_up.get(), act.get(), 2 * inter, rows, inter, DType::kBFloat16};
+    bytes = 3.0 * rows * inter * 2;
+    report.time(text("silu_mul rows=", rows), time_graph(32, 9, [&](int, cudaStream_t s) { cuda::silu_mul(silu, s); }), bytes,
+                bytes / g_copy_rate);
+
+    const int64_t width = (q_heads + 2 * kv_heads) * head_dim;
+    const size_t page_bytes = size_t(2) * kv_heads * page_size * head_dim * 2;
+    const Buffer qkv = random_buffer<T>(rows * width, 5), q_out(size_t(rows) * q_heads * head_dim * 2);
+    const Buffer norm_weight = random_buffer<T>(head_dim, 6), pages(page_bytes * rows);
+    const Buffer angles = random_buffer<float>(size_t(4096) * head_dim / 2, 7);
+    std::vector<int32_t> position(rows);
+    std::vector<int64_t> page(rows);
+    for (int r = 0; r < rows; ++r) position[r] = 40 * r, page[r] = pages.address() + int64_t(r * page_bytes);
+    const Buffer d_position = upload(position), d_page = upload(page);
+    RopeWriteParams rope{};
+    rope.qkv = qkv.get(), rope.q_norm = rope.k_norm = norm_weight.get(), rope.cos = rope.sin = angles.get<float>();
+    rope.row_position = d_position.get<int32_t>(), rope.row_page = d_page.get<int64_t>(), rope.q_out = q_out.get();
+    rope.qkv_stride_row = width, rope.rows = rows, rope.q_heads = q_heads, rope.kv_heads = kv_heads;
+    rope.head_dim = head_dim, rope.page_size = page_size, rope.eps = 1e-6f, rope.dtype = DType::kBFloat16;
+    bytes = 2.0 * rows * width * 2;
+    report.time(text("rope_write rows=", rows), time_graph(32, 9, [&](int, cudaStream_t s) { cuda::rope_write(rope, s); }),
+                bytes, bytes / g_copy_rate);
+  }
+}
+
+void sample_times(Report& report) {
+  const int vocab = 128256;
+  for (const int rows : {1, 8, 64}) {
+    const Buffer logits = random_buffer<float>(size_t(rows) * vocab, 1, 4.0f), token(rows * 8), logprob(rows * 4);
+    struct Case {
+      const char* name;
+      float temperature, top_p, min_p;
+      int top_k;
+    };
+    for (const Case& c : {Case{"greedy", 0, 1, 0, 0}, Case{"T=1", 1, 1, 0, 0}, Case{"T=0.7 top_p=0.9", 0.7f, 0.9f, 0, 0},
+                          Case{"T=0.7 top_k=50 top_p=0.9", 0.7f, 0.9f, 0, 50}}) {
+      const Buffer t = upload(std::vector<float>(rows, c.temperature)), tp = upload(std::vector<float>(rows, c.top_p));
+      const Buffer mp = upload(std::vector<float>(rows, c.min_p)), tk = upload(std::vector<int32_t>(rows, c.top_k));
+      const Buffer seed = upload(std::vector<int64_t>(rows, 7)), position = upload(std::vector<int32_t>(rows, 9));
+      SampleParams p{};
+      p.logits = logits.get<float>(), p.temperature = t.get<float>(), p.top_k = tk.get<int32_t>(), p.top_p = tp.get<float>();
+      p.min_p = mp.get<float>(), p.seed = seed.get<int64_t>(), p.row_position = position.get<int32_t>();
+      p.token = token.get<int64_t>(), p.logprob = logprob.get<float>(), p.logits_stride_row = vocab, p.rows = rows;
+      p.vocab = vocab;
+      const double bytes = 4.0 * rows * vocab;
+      report.time(text("sample rows=", rows, " ", c.name), time_graph(16, 9, [&](int, cudaStream_t s) { cuda::sample(p, s); }),
+                  bytes, bytes / g_copy_rate);
+    }
+  }
+}
+
+void page_times(Report& report) {
+  const int kv_heads = 8, head_dim = 128, page_size = 64, group = 32, pages = 2048;  // 512 MiB of full pages
+  const size_t full_bytes = size_t(2) * kv_heads * page_size * head_dim * 2;
+  const Buffer full = random_buffer<__nv_bfloat16>(full_bytes / 2 * pages, 1);
+  std::vector<int64_t> full_table(pages);
+  for (int i = 0; i < pages; ++i) full_table[i] = full.address() + int64_t(i * full_bytes);
+  const Buffer t_full = upload(full_table);
+  for (const int bits : {8, 4, 2}) {
+    const auto layout = QuantPageLayout::make(kv_heads, page_size, head_dim, bits, group, 2);
+    const Buffer quant(size_t(layout.page_bytes) * pages);
+    std::vector<int64_t> quant_table(pages);
+    for (int i = 0; i < pages; ++i) quant_table[i] = quant.address() + i * layout.page_bytes;
+    const Buffer t_quant = upload(quant_table);
+    const QuantizeParams p{t_full.get<int64_t>(), t_quant.get<int64_t>(), pages, kv_heads, head_dim, page_size, bits, group,
+                           DType::kBFloat16};
+    const double bytes = double(full_bytes + layout.page_bytes) * pages;
+    report.time(text("kv_quantize bits=", bits), time_graph(3, 7, [&](int, cudaStream_t s) { cuda::kv_quantize(p, s); }), bytes,
+                bytes / g_copy_rate);
+    report.time(text("kv_dequantize bits=", bits), time_graph(3, 7, [&](int, cudaStream_t s) { cuda::kv_dequantize(p, s); }),
+                bytes, bytes / g_copy_rate);
+  }
+  const int capacity = pages * page_size / 4, head_pages = capacity / page_size;
+  const size_t head_bytes = size_t(2) * page_size * head_dim * 2;
+  const Buffer heads(head_bytes * kv_heads * head_pages);
+  std::vector<int64_t> head_table(size_t(kv_heads) * head_pages);
+  for (size_t i = 0; i < head_table.size(); ++i) head_table[i] = heads.address() + int64_t(i * head_bytes);
+  std::vector<int32_t> positions(size_t(kv_heads) * capacity), counts(kv_heads, capacity);
+  for (int h = 0; h < kv_heads; ++h)
+    for (int i = 0; i < capacity; ++i) positions[size_t(h) * capacity + i] = 4 * i + int(hash32(h * 977 + i) % 4);
+  const Buffer t_heads = upload(head_table), t_pos = upload(positions), t_counts = upload(counts);
+  const TokenMoveParams p{t_full.get<int64_t>(), t_heads.get<int64_t>(), t_pos.get<int32_t>(), t_counts.get<int32_t>(),
+                          head_pages, capacity, kv_heads, head_dim, page_size, capacity, pages, head_pages, DType::kBFloat16};
+  const double bytes = 2.0 * heads.bytes();
+  report.time("gather_tokens ratio=0.25", time_graph(3, 7, [&](int, cudaStream_t s) { cuda::gather_tokens(p, s); }), bytes,
+              bytes / g_copy_rate);
+  report.time("scatter_tokens ratio=0.25", time_graph(3, 7, [&](int, cudaStream_t s) { cuda::scatter_tokens(p, s); }), bytes,
+              bytes / g_copy_rate);
+}
+
+void codec_times(Report& report) {
+  const int64_t elems = 2 * 8 * 64 * 128;
+  const int pages = 2048;
+  const auto layout = Bf16PackLayout::make(elems);
+  const size_t room = size_t(layout.max_bytes + 127) / 128 * 128;
+  const Buffer raw = random_buffer<__nv_bfloat16>(size_t(elems) * pages, 1), packed(room * pages), bytes(pages * 8);
+  std::vector<int64_t> raw_table(pages), packed_table(pages);
+  for (int i = 0; i < pages; ++i) {
+    raw_table[i] = raw.address() + i * elems * 2;
+    packed_table[i] = packed.address() + int64_t(i * room);
+  }
+  const Buffer t_raw = upload(raw_table), t_packed = upload(packed_table);
+  Bf16PackParams p{t_raw.get<int64_t>(), t_packed.get<int64_t>(), bytes.get<int64_t>(), elems, pages, 0};
+  const double raw_bytes = 2.0 * double(elems) * pages;
+  const double pack_us = time_graph(3, 7, [&](int, cudaStream_t s) { cuda::bf16_pack(p, s); });
+  double packed_bytes = 0;
+  for (const int64_t b : bytes.to_host<int64_t>()) packed_bytes += double(b);
+  report.time("bf16_pack", pack_us, raw_bytes + packed_bytes, (raw_bytes + packed_bytes) / g_copy_rate);
+  const double us = time_graph(3, 7, [&](int, cudaStream_t s) { cuda::bf16_unpack(p, s); });
+  report.time("bf16_unpack from HBM", us, raw_bytes + packed_bytes, (raw_bytes + packed_bytes) / g_copy_rate);
+  report.time("bf16_unpack from HBM, bytes of output", us, raw_bytes, (raw_bytes + packed_bytes) / g_copy_rate);
+
+  // From pinned host memory, against a plain copy of the raw bytes.
+  const int some = 256;
+  const double some_bytes = 2.0 * double(elems) * some;
+  void *pinned_packed = nullptr, *pinned_raw = nullptr;
+  VC_CUDA_CHECK(cudaMallocHost(&pinned_packed, room * some));
+  VC_CUDA_CHECK(cudaMallocHost(&pinned_raw, size_t(some_bytes)));
+  VC_CUDA_CHECK(cudaMemcpy(pinned_packed, packed.get(), room * some, cudaMemcpyDeviceToHost));
+  VC_CUDA_CHECK(cudaMemcpy(pinned_raw, raw.get(), size_t(some_bytes), cudaMemcpyDeviceToHost));
+  for (int i = 0; i < some; ++i) packed_table[i] = reinterpret_cast<int64_t>(pinned_packed) + int64_t(i * room);
+  const Buffer t_pinned = upload(packed_table);
+  const double copy_us = time_graph(1, 5, [&](int, cudaStream_t s) {
+    VC_CUDA_CHECK(cudaMemcpyAsync(raw.get(), pinned_raw, size_t(some_bytes), cudaMemcpyHostToDevice, s));
+  });
+  report.time("plain copy from pinned, bytes of output", copy_us, some_bytes, copy_us);
+  p.packed_pages = t_pinned.get<int64_t>(), p.pages = some;
+  for (const int blocks : {16, 32, 64, 0}) {
+    p.max_blocks = blocks;
+    report.time(text("bf16_unpack from pinned, blocks=", blocks, ", bytes of output"),
+                time_graph(1, 5, [&](int, cudaStream_t s) { cuda::bf16_unpack(p, s); }), some_bytes, 0.754 * copy_us);
+  }
+  VC_CUDA_CHECK(cudaFreeHost(pinned_packed));
+  VC_CUDA_CHECK(cudaFreeHost(pinned_raw));
+}
+
+int run(const std::string& path) {
+  cudaDeviceProp prop;
+  VC_CUDA_CHECK(cudaGetDeviceProperties(&prop, 0));
+  std::printf("%s, %d multiprocessors, %d MiB of L2\n", prop.name, prop.multiProcessorCount, prop.l2CacheSize >> 20);
+  Report report(path);
+  copy_rate(report);
+  constexpr int kShapes[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {128256, 4096}};
+  for (const auto& s : kShapes) linear_times(report, s[0], s[1]);
+  layer_op_times(report);
+  sample_times(report);
+  page_times(report);
+  codec_times(report);
+  return 0;
+}
+
+}  // namespace
+}  // namespace vericache::bench
+
+int main(int argc, char** argv) {
+  try {
+    return vericache::bench::run(argc > 1 ? argv[1] : "");
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "dense_bench: %s\n", e.what());
+    return 2;
+  }
+}

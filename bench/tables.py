@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes the measured tables of README.md from bench/results, between markers that name the file.
+
+python -m bench.tables           write
+python -m bench.tables --check   exit code 1 if README.md does not say what the results say
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from bench._env import ROOT
+
+MARKER = re.compile(r"(<!-- table: (?P<name>[\w.-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Writes a Markdown table."""
+    lines = [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)]
+    return "\n".join(lines) + "\n"
+
+
+def where(environment: dict[str, Any]) -> str:
+    """Says in one line where figures come from."""
+    machine = environment.get("gpu") or f"{environment['cpu']}, {environment['cores']} cores"
+    driver = f", driver {environment['driver']}" if "driver" in environment else ""
+    return (
+        f"Measured on {machine}{driver}; torch {environment['torch']}, Python {environment['python']}, "
+        f"commit {environment['commit'][:10]}, {environment['date']}: `{environment['command']}`.\n"
+    )
+
+
+def exactness(result: dict[str, Any]) -> str:
+    """The table of bench/exactness.py."""
+    rows = []
+    for row in result["rows"]:
+        kinds = [f"{right}/{asked}" for right, asked in row["exact_by_kind"].values()]
+        accepted, fetched = row["accepted_per_round"], row["fetched_bytes_per_token"]
+        rows.append(
+            [
+                row["mode"] if row["mode"] == "full" else f"{row['mode']}, `{row['compressor']}`",
+                f"{100 * row['exact'] / row['exercises']:.1f}%",
+                *kinds,
+                f"{row['identical_to_full']}/{row['exercises']}",
+                f"{accepted:.1f}" if accepted is not None else "",
+                f"{fetched / 1024:.0f} KiB" if fetched is not None else "",
+            ]
+        )
+    kinds = [kind.replace("_", " ") for kind in result["rows"][0]["exact_by_kind"]]
+    head = [
+        "mode",
+        "right answers",
+        *kinds,
+        "all tokens equal full KV's",
+        "tokens a round",
+        "fetched a token",
+    ]
+    settings = result["settings"]
+    lengths = " and ".join(str(n) for n in settings["target_tokens"])
+    caption = (
+        f"{settings['model']}, {settings['exercises']} held-out exercises of about {lengths} tokens, greedy, "
+        f"draft length {settings['draft_len']}. "
+    )
+    return table(head, rows) + "\n" + caption + where(result["environment"])
+
+
+WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "exactness.json": exactness,
+    "exactness-gpu.json": exactness,
+}
+
+
+def fill(text: str) -> str:
+    """Returns the text with every marked table written anew, and empty where its result does not exist."""
+
+    def write(match: re.Match[str]) -> str:
+        path = ROOT / "bench" / "results" / match["name"]
+        body = WRITERS[match["name"]](json.loads(path.read_text())) if path.exists() else ""
+        return match[1] + body + match[3]
+
+    return MARKER.sub(write, text)
+
+
+def main(argv: Sequence[str]) -> int:
+    """Writes or checks README.md."""
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    filled = fill(text)
+    if "--check" in argv:
+        return int(text != filled)
+    readme.write_text(filled)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

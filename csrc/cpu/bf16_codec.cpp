@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// Pages go to threads whole; within one, the blocks' overflow follows in order, so the bytes are always the same.
+#include "cpu/bf16_codec.h"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+
+#include "common/error.h"
+#include "cpu/parallel.h"
+
+namespace vericache::cpu {
+namespace {
+
+constexpr int kBlock = Bf16PackLayout::kBlock, kLanes = Bf16PackLayout::kLanes, kEach = kBlock / kLanes;
+constexpr int kWindow = 14, kEscape = 15, kCodeBytes = kBlock / 2;
+
+// Where element j of a lane's 16 lies in the block.
+int position_of(int lane, int j) { return j / 8 * (kBlock / 2) + lane * 8 + j % 8; }
+
+int exponent(uint16_t x) { return x >> 7 & 0xff; }
+
+// Word and shift of element j's code.
+struct CodePlace {
+  int word, shift;
+};
+CodePlace code_place(int lane, int j) { return {2 * lane + j / 8, 4 * (j % 8 / 2) + 16 * (j % 2)}; }
+
+using Codes = std::array<uint32_t, kBlock / 8>;
+
+void pack_page(const uint16_t* raw, uint8_t* packed, int64_t elems, const Bf16PackLayout& l, int64_t* bytes) {
+  uint32_t units = 0;
+  for (int64_t b = 0; b < l.blocks; ++b) {
+    std::array<uint16_t, kBlock> x{};
+    std::copy_n(raw + b * kBlock, std::min<int64_t>(kBlock, elems - b * kBlock), x.begin());
+    int top = 0;
+    for (const uint16_t v : x)
+      if (exponent(v) < 255) top = std::max(top, exponent(v));
+    const int base = std::max(0, top - kWindow);
+
+    Codes codes{}, high{};
+    std::array<uint32_t, Bf16PackLayout::kMaxEscapes> escapes{};
+    int count = 0;
+    uint8_t* plane = packed + l.planes + b * kBlock;
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int j = 0; j < kEach; ++j) {
+        const int position = position_of(lane, j);
+        const uint16_t v = x[size_t(position)];
+        const int e = exponent(v), code = e == 0 ? 0 : e > base && e <= base + kWindow ? e - base : kEscape;
+        const CodePlace at = code_place(lane, j);
+        codes[size_t(at.word)] |= uint32_t(code) << at.shift;
+        plane[lane * kEach + j] = uint8_t(v >> 8 & 0x80) | uint8_t(v & 0x7f);
+        if (code != kEscape) continue;
+        if (count < Bf16PackLayout::kMaxEscapes) escapes[size_t(count)] = uint32_t(position) << 16 | v;
+        ++count;
+      }
+    uint8_t* overflow = packed + l.overflow + int64_t(units) * 16;
+    Bf16BlockHeader header{units, uint16_t(count), uint16_t(base)};
+    if (count > Bf16PackLayout::kMaxEscapes) {
+      header.count = Bf16BlockHeader::kWide;
+      codes.fill(0);
+      for (int lane = 0; lane < kLanes; ++lane)
+        for (int j = 0; j < kEach; ++j) {
+          const uint32_t e = uint32_t(exponent(x[size_t(position_of(lane, j))]));
+          const CodePlace at = code_place(lane, j);
+          codes[size_t(at.word)] |= (e & 15) << at.shift;
+          high[size_t(at.word)] |= (e >> 4) << at.shift;
+        }
+      std::memcpy(overflow, high.data(), kCodeBytes);
+      units += kCodeBytes / 16;
+    } else {
+      const uint32_t used = uint32_t(count + 3) / 4;
+      std::memcpy(overflow, escapes.data(), used * 16);
+      units += used;
+    }
+    std::memcpy(packed + l.codes + b * kCodeBytes, codes.data(), kCodeBytes);
+    std::memcpy(packed + l.headers + b * int64_t(sizeof header), &header, sizeof header);
+  }
+  if (l.blocks % 2 != 0) std::memset(packed + l.planes - sizeof(Bf16BlockHeader), 0, sizeof(Bf16BlockHeader));
+  const Bf16PageHeader page{units, uint32_t(l.blocks), 0};
+  std::memcpy(packed, &page, sizeof page);
+  *bytes = l.overflow + int64_t(units) * 16;
+}
+
+void unpack_page(uint16_t* raw, const uint8_t* packed, int64_t elems, const Bf16PackLayout& l) {
+  for (int64_t b = 0; b < l.blocks; ++b) {
+    Bf16BlockHeader header;
+    std::memcpy(&header, packed + l.headers + b * int64_t(sizeof header), sizeof header);
+    const uint8_t* overflow = packed + l.overflow + int64_t(header.offset) * 16;
+    Codes codes, high{};
+    std::memcpy(codes.data(), packed + l.codes + b * kCodeBytes, kCodeBytes);
+    const bool wide = header.count == Bf16BlockHeader::kWide;
+    if (wide) std::memcpy(high.data(), overflow, kCodeBytes);
+    std::array<uint16_t, kBlock> x;
+    const uint8_t* plane = packed + l.planes + b * kBlock;
+    for (int lane = 0; lane < kLanes; ++lane)
+      for (int j = 0; j < kEach; ++j) {
+        const CodePlace at = code_place(lane, j);
+        const uint32_t code = codes[size_t(at.word)] >> at.shift & 15, more = high[size_t(at.word)] >> at.shift & 15;
+        const uint32_t e = wide ? more << 4 | code : code == 0 ? 0 : header.base + code;
+        const uint32_t s = plane[lane * kEach + j];
+        x[size_t(position_of(lane, j))] = uint16_t((s & 0x80) << 8 | (e & 0xff) << 7 | (s & 0x7f));
+      }
+    for (int i = 0; !wide && i < header.count; ++i) {
+      uint32_t entry;
+      std::memcpy(&entry, overflow + i * 4, sizeof entry);
+      x[entry >> 16 & (kBlock - 1)] = uint16_t(entry);
+    }
+    std::copy_n(x.begin(), std::min<int64_t>(kBlock, elems - b * kBlock), raw + b * kBlock);
+  }
+}
+
+void check(const char* op, const Bf16PackParams& p) {
+  VC_CHECK(p.elems >= 0 && p.elems % 8 == 0, op, ": a page has ", p.elems, " elements; it must be a multiple of 8.");
+}
+
+}  // namespace
+
+void bf16_pack(const Bf16PackParams& p) {
+  check("bf16_pack", p);
+  const auto layout = Bf16PackLayout::make(p.elems);
+  parallel_for(p.pages, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      pack_page(reinterpret_cast<const uint16_t*>(p.raw_pages[i]), reinterpret_cast<uint8_t*>(p.packed_pages[i]), p.elems,
+                layout, &p.packed_bytes[i]);
+  });
+}
+
+void bf16_unpack(const Bf16PackParams& p) {
+  check("bf16_unpack", p);
+  const auto layout = Bf16PackLayout::make(p.elems);
+  parallel_for(p.pages, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      unpack_page(reinterpret_cast<uint16_t*>(p.raw_pages[i]), reinterpret_cast<const uint8_t*>(p.packed_pages[i]), p.elems,
+                  layout);
+  });
+}
+
+}  // namespace vericache::cpu

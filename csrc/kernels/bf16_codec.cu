@@ -1,0 +1,247 @@
+// SPDX-License-Identifier: Apache-2.0
+// Lossless packing of bfloat16 pages (Bf16PackLayout in params.h): pack on the way out to the host, unpack on the way in,
+// reading device memory or pinned host memory. Bit-exact for every bfloat16, NaN payloads and subnormals included.
+//
+// pack. Grid: one block a page, which walks its blocks of 2048 elements in order, so that the place of each block's
+// overflow, and with it every byte, is the same as on the CPU. Block: 128 threads, 16 elements each.
+// unpack. Grid: up to one block for each kUnroll blocks of elements (or p.max_blocks), then a stride. Block: 128
+// threads; thread t turns 16 bytes of the plane and 8 of the codes into two runs of 8 elements, 1024 apart, so that
+// loads and stores are both whole 16-byte accesses of neighbours. Escapes are patched in after a barrier.
+#include "device/element.cuh"
+#include "device/launch.cuh"
+#include "launchers.h"
+
+namespace vericache::cuda {
+
+namespace {
+
+constexpr int kBlock = Bf16PackLayout::kBlock, kLanes = Bf16PackLayout::kLanes, kWarps = kLanes / 32;
+constexpr int kWindow = 14, kCodeBytes = kBlock / 2;
+constexpr uint32_t kEscape = 15;
+constexpr int kUnroll = 2;  // blocks of elements asked for before the first is decoded
+constexpr uint32_t kPair = 0x00010001u;
+
+// A pair of neighbouring elements in one word: exponents, and sign and mantissa as bytes, in its two halves.
+__device__ __forceinline__ uint32_t exponents(uint32_t pair) { return pair >> 7 & 0xff * kPair; }
+__device__ __forceinline__ uint32_t sign_mantissa(uint32_t pair) {
+  return (pair >> 8 & 0x80 * kPair) | (pair & 0x7f * kPair);
+}
+
+__global__ void __launch_bounds__(kLanes) pack_pages(const __grid_constant__ Bf16PackParams p,
+                                                     const __grid_constant__ Bf16PackLayout l) {
+  __shared__ int warp_top[kWarps], warp_count[kWarps];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const auto* raw = reinterpret_cast<const uint16_t*>(p.raw_pages[blockIdx.x]);
+  uint8_t* packed = reinterpret_cast<uint8_t*>(p.packed_pages[blockIdx.x]);
+  const int lane = threadIdx.x, warp = lane / 32;
+  uint32_t units = 0;
+  for (int64_t b = 0; b < l.blocks; ++b) {
+    uint32_t pair[8];  // elements 2i, 2i+1 of this lane's 16
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int64_t at = b * kBlock + h * (kBlock / 2) + lane * 8;
+      const uint4 v = at < p.elems ? __ldcs(reinterpret_cast<const uint4*>(raw + at)) : make_uint4(0, 0, 0, 0);
+      pair[4 * h] = v.x, pair[4 * h + 1] = v.y, pair[4 * h + 2] = v.z, pair[4 * h + 3] = v.w;
+    }
+    int top = 0;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t e = exponents(pair[i]);
+      const int low = int(e & 0xffff), high = int(e >> 16);
+      if (low < 255) top = max(top, low);
+      if (high < 255) top = max(top, high);
+    }
+    top = __reduce_max_sync(0xffffffffu, top);
+    if (lane % 32 == 0) warp_top[warp] = top;
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) top = max(top, warp_top[w]);
+    const int base = max(0, top - kWindow);
+
+    uint32_t code[2] = {0, 0}, escaped = 0;  // bit j: element j of the 16
+#pragma unroll
+    for (int j = 0; j < 16; ++j) {
+      const int e = int(pair[j / 2] >> (j % 2 * 16 + 7) & 0xff);
+      const uint32_t c = e == 0 ? 0 : e > base && e <= base + kWindow ? uint32_t(e - base) : kEscape;
+      code[j / 8] |= c << (4 * (j % 8 / 2) + 16 * (j % 2));
+      escaped |= uint32_t(c == kEscape) << j;
+    }
+    const int own = __popc(escaped);
+    int before = own;  // inclusive scan over the warp
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, before, step);
+      if (lane % 32 >= step) before += other;
+    }
+    if (lane % 32 == 31) warp_count[warp] = before;
+    __syncthreads();
+    int count = 0;
+    before -= own;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) before += warp_count[w];
+      count += warp_count[w];
+    }
+
+    auto* overflow = reinterpret_cast<uint32_t*>(packed + l.overflow + int64_t(units) * 16);
+    Bf16BlockHeader header{units, uint16_t(count), uint16_t(base)};
+    if (count > Bf16PackLayout::kMaxEscapes) {
+      header.count = Bf16BlockHeader::kWide;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        uint32_t low = 0, high = 0;
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t e = exponents(pair[4 * h + i]);
+          low |= (e & 0xf * kPair) << (4 * i);
+          high |= (e >> 4 & 0xf * kPair) << (4 * i);
+        }
+        code[h] = low;
+        overflow[2 * lane + h] = high;
+      }
+      units += kCodeBytes / 16;
+    } else {
+      const int used = (count + 3) / 4;
+#pragma unroll
+      for (int j = 0; j < 16; ++j) {
+        if (!(escaped >> j & 1)) continue;
+        const uint32_t position = j / 8 * (kBlock / 2) + lane * 8 + j % 8;
+        overflow[before++] = position << 16 | (pair[j / 2] >> (j % 2 * 16) & 0xffff);
+      }
+      if (lane < used * 4 - count) overflow[count + lane] = 0;
+      units += uint32_t(used);
+    }
+    uint32_t plane[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      plane[i] = __byte_perm(sign_mantissa(pair[2 * i]), sign_mantissa(pair[2 * i + 1]), 0x6420);
+    reinterpret_cast<uint4*>(packed + l.planes + int64_t(b) * kBlock)[lane] = make_uint4(plane[0], plane[1], plane[2], plane[3]);
+    reinterpret_cast<uint2*>(packed + l.codes + int64_t(b) * kCodeBytes)[lane] = make_uint2(code[0], code[1]);
+    if (lane == 0) reinterpret_cast<Bf16BlockHeader*>(packed + l.headers)[b] = header;
+  }
+  if (lane == 0) {
+    if (l.blocks % 2 != 0) reinterpret_cast<Bf16BlockHeader*>(packed + l.headers)[l.blocks] = Bf16BlockHeader{};
+    *reinterpret_cast<Bf16PageHeader*>(packed) = Bf16PageHeader{units, uint32_t(l.blocks), 0};
+    p.packed_bytes[blockIdx.x] = l.overflow + int64_t(units) * 16;
+  }
+}
+
+// Bytes 2i, 2i+1 of a plane word, one a half.
+__device__ __forceinline__ uint32_t spread_low(uint32_t x) { return __byte_perm(x, 0, 0x4140); }
+__device__ __forceinline__ uint32_t spread_high(uint32_t x) { return __byte_perm(x, 0, 0x4342); }
+
+// A pair of elements from its bytes and its exponents.
+__device__ __forceinline__ uint32_t join(uint32_t bytes, uint32_t exponent) {
+  return ((bytes & 0x80 * kPair) << 8) | (bytes & 0x7f * kPair) | exponent << 7;
+}
+
+struct Packed {
+  uint4 plane;
+  uint2 codes;
+  Bf16BlockHeader header;
+};
+
+__global__ void __launch_bounds__(kLanes) unpack_pages(const __grid_constant__ Bf16PackParams p,
+                                                       const __grid_constant__ Bf16PackLayout l, uint32_t total) {
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const int lane = threadIdx.x;
+  const uint32_t blocks = uint32_t(l.blocks);
+  for (uint32_t first = blockIdx.x * kUnroll; first < total; first += gridDim.x * kUnroll) {
+    Packed in[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u >= total) break;
+      const uint32_t page = (first + u) / blocks, b = (first + u) % blocks;
+      const auto* packed = reinterpret_cast<const uint8_t*>(p.packed_pages[page]);
+      in[u].plane = __ldcs(reinterpret_cast<const uint4*>(packed + l.planes + int64_t(b) * kBlock) + lane);
+      in[u].codes = __ldcs(reinterpret_cast<const uint2*>(packed + l.codes + int64_t(b) * kCodeBytes) + lane);
+      const uint2 header = __ldcs(reinterpret_cast<const uint2*>(packed + l.headers) + b);
+      in[u].header = {header.x, uint16_t(header.y), uint16_t(header.y >> 16)};
+    }
+    bool patch = false;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u >= total) break;
+      const uint32_t page = (first + u) / blocks, b = (first + u) % blocks;
+      const Bf16BlockHeader header = in[u].header;
+      const bool wide = header.count == Bf16BlockHeader::kWide;
+      patch |= !wide && header.count > 0;
+      uint2 high = make_uint2(0, 0);
+      if (wide) {
+        const auto* packed = reinterpret_cast<const uint8_t*>(p.packed_pages[page]);
+        high = __ldcs(reinterpret_cast<const uint2*>(packed + l.overflow + int64_t(header.offset) * 16) + lane);
+      }
+      const uint32_t plane[4] = {in[u].plane.x, in[u].plane.y, in[u].plane.z, in[u].plane.w};
+      const uint32_t codes[2] = {in[u].codes.x, in[u].codes.y}, highs[2] = {high.x, high.y};
+      auto* raw = reinterpret_cast<uint16_t*>(p.raw_pages[page]);
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        uint32_t out[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          const uint32_t code = codes[h] >> (4 * i) & 0xf * kPair;
+          uint32_t e;
+          if (wide) {
+            e = code | (highs[h] >> (4 * i) & 0xf * kPair) << 4;
+          } else {
+            const uint32_t nonzero = (code + 0xf * kPair) >> 4 & kPair;
+            // An escape's exponent is base + 15, at most 255: nothing spills into the neighbour; patched below.
+            e = nonzero * header.base + code;
+          }
+          const uint32_t word = plane[2 * h + i / 2];
+          out[i] = join(i % 2 == 0 ? spread_low(word) : spread_high(word), e);
+        }
+        const int64_t at = int64_t(b) * kBlock + h * (kBlock / 2) + lane * 8;
+        if (at < p.elems) *reinterpret_cast<uint4*>(raw + at) = make_uint4(out[0], out[1], out[2], out[3]);
+      }
+    }
+    if (!patch) continue;  // the same for the whole block
+    __syncthreads();       // the escapes' places have been written, by other threads
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u >= total) break;
+      const Bf16BlockHeader header = in[u].header;
+      if (header.count == Bf16BlockHeader::kWide) continue;
+      const uint32_t page = (first + u) / blocks, b = (first + u) % blocks;
+      const auto* packed = reinterpret_cast<const uint8_t*>(p.packed_pages[page]);
+      const auto* escapes = reinterpret_cast<const uint32_t*>(packed + l.overflow + int64_t(header.offset) * 16);
+      auto* raw = reinterpret_cast<uint16_t*>(p.raw_pages[page]) + int64_t(b) * kBlock;
+      for (int i = lane; i < header.count; i += kLanes) {
+        const uint32_t entry = escapes[i];
+        raw[entry >> 16 & (kBlock - 1)] = uint16_t(entry);
+      }
+    }
+  }
+}
+
+void check(const char* op, const Bf16PackParams& p) {
+  VC_CHECK(p.elems % 8 == 0, op, ": a page has ", p.elems, " elements; it must be a multiple of 8.");
+}
+
+}  // namespace
+
+void bf16_pack(const Bf16PackParams& p, cudaStream_t stream) {
+  check("bf16_pack", p);
+  if (p.pages <= 0) return;
+  LaunchShape shape;
+  shape.grid = dim3(unsigned(p.pages));
+  shape.block = dim3(kLanes);
+  launch(pack_pages, shape, device_info(), stream, p, Bf16PackLayout::make(p.elems));
+}
+
+void bf16_unpack(const Bf16PackParams& p, cudaStream_t stream) {
+  check("bf16_unpack", p);
+  if (p.pages <= 0 || p.elems <= 0) return;
+  const auto layout = Bf16PackLayout::make(p.elems);
+  const int64_t total = layout.blocks * p.pages;
+  VC_CHECK(total <= INT32_MAX, "bf16_unpack: ", p.pages, " pages of ", p.elems, " elements in one call; split the call.");
+  const int64_t most = p.max_blocks > 0 ? p.max_blocks : int64_t(1) << 30;
+  LaunchShape shape;
+  shape.grid = dim3(unsigned(std::min((total + kUnroll - 1) / kUnroll, most)));
+  shape.block = dim3(kLanes);
+  launch(unpack_pages, shape, device_info(), stream, p, layout, uint32_t(total));
+}
+
+}  // namespace vericache::cuda

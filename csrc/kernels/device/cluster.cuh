@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// Thread-block clusters (sm_90 and later): the barrier, and reads of another block's shared memory. On an older GPU a
+// launch has no cluster, each block is its own cluster of one, and these work on the block alone.
+#pragma once
+
+#include <cstdint>
+
+namespace vericache::cuda {
+
+// All threads of the cluster arrive; their earlier writes to shared memory are then visible to the whole cluster.
+__device__ __forceinline__ void cluster_barrier() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// The same without making writes visible, which costs a fence: enough to say that this block has finished reading from
+// the others, where what was read has been used.
+__device__ __forceinline__ void cluster_barrier_after_reads() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#else
+  __syncthreads();
+#endif
+}
+
+// The address, for load_cluster, of what `address` (of this block's shared memory) is in block `rank` of the cluster.
+__device__ __forceinline__ uint32_t map_to_rank(uint32_t address, int rank) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t remote;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(remote) : "r"(address), "r"(rank));
+  return remote;
+#else
+  return address;
+#endif
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define VC_SHARED_CLUSTER "shared::cluster"
+#else
+#define VC_SHARED_CLUSTER "shared"
+#endif
+
+__device__ __forceinline__ float4 load_cluster_float4(uint32_t address) {
+  float4 v;
+  asm volatile("ld." VC_SHARED_CLUSTER ".v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint32_t load_cluster_u32(uint32_t address) {
+  uint32_t v;
+  asm volatile("ld." VC_SHARED_CLUSTER ".u32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
+
+__device__ __forceinline__ uint64_t load_cluster_u64(uint32_t address) {
+  uint64_t v;
+  asm volatile("ld." VC_SHARED_CLUSTER ".u64 %0, [%1];" : "=l"(v) : "r"(address) : "memory");
+  return v;
+}
+
+#undef VC_SHARED_CLUSTER
+
+}  // namespace vericache::cuda

@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// Single-instruction arithmetic that CUDA C++ has no exact name for.
+#pragma once
+
+#include <cstdint>
+
+namespace vericache::cuda {
+
+// 2^x: 2^0 is exactly 1, 2^-inf exactly 0.
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Two floats to bf16, round to nearest even; the first in the low half.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+  uint32_t y;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
+  return y;
+}
+
+// a * b + c on pairs of bf16, one rounding.
+__device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t c) {
+  uint32_t y;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
+  return y;
+}
+
+}  // namespace vericache::cuda

@@ -1,0 +1,144 @@
+// SPDX-License-Identifier: Apache-2.0
+// Partial softmax states: how a tile of scores enters one, and how the states of a row's splits are merged. The only
+// place where either is done.
+//
+// A state of some keys is (m, l, o[head_dim]): with x_j = s_j * scale * log2(e) and the state's reference m,
+// l = sum 2^(x_j - m) and o = sum 2^(x_j - m) v_j. Arithmetic that enters a row's bits is written with the rounding
+// intrinsics: left to the compiler, two instantiations of a kernel could fuse a product differently.
+//
+// Reduction order (R1) of the merge: states are weighted by 2^(m_i - M), M the largest m of the row; groups of 8
+// splits at absolute indexes 8g .. 8g+7 are summed left to right, then the groups left to right.
+// Held by bench/gpu/attention_bench.cu (invariance).
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "device/fast_math.cuh"
+#include "device/launch.cuh"
+#include "device/splits.cuh"
+
+namespace vericache::cuda {
+
+inline constexpr float kLog2e = 1.4426950408889634f;
+
+__device__ __forceinline__ float negative_infinity() { return __int_as_float(0xff800000); }
+
+// A row's running maximum of raw scores over the tiles so far. A tile all of whose keys are masked changes nothing:
+// rescale is then exactly 1 (or the state is still empty), every weight exactly 0.
+struct RunningMax {
+  float raw;  // -inf before the first visible key
+
+  // Takes the tile's maximum in; returns the factor for everything summed so far. c = scale * log2(e) > 0.
+  __device__ __forceinline__ float update(float tile_max, float c) {
+    const float next = fmaxf(raw, tile_max);
+    const float reference = next == negative_infinity() ? 0.f : next;
+    const float rescale = fast_exp2(__fmul_rn(__fsub_rn(raw, reference), c));
+    raw = next;
+    return rescale;
+  }
+  __device__ __forceinline__ float reference(float c) const {
+    return raw == negative_infinity() ? 0.f : __fmul_rn(raw, c);
+  }
+  // As it is kept in memory.
+  __device__ __forceinline__ float stored(float c) const {
+    return raw == negative_infinity() ? raw : __fmul_rn(raw, c);
+  }
+};
+
+__device__ __forceinline__ float softmax_weight(float score, float c, float reference) {
+  return fast_exp2(__fmaf_rn(score, c, -reference));
+}
+
+// Partial states in memory; the kernel that writes them says which index is whose.
+struct PartialStates {
+  float* o;    // [count, head_dim] float32
+  float2* ml;  // [count]: m, l; m is -inf if the state holds no key
+
+  static size_t bytes(int64_t count, int head_dim) {
+    return size_t(count) * (head_dim * sizeof(float) + sizeof(float2));
+  }
+  static PartialStates at(void* memory, int64_t count, int head_dim) {
+    float* o = static_cast<float*>(memory);
+    return {o, reinterpret_cast<float2*>(o + count * head_dim)};
+  }
+};
+
+// The states of one row and head: indexes first + s * stride, begin <= s < end, in key order.
+struct StateRun {
+  int64_t first = 0;
+  int stride = 1, begin = 0, end = 0;
+};
+
+inline constexpr int kMergeWarps = 8;
+inline constexpr int kMergeGroup = 8;  // splits
+
+// out[row, head] = merged state of its splits. Grid: (q_heads, rows); block: kMergeWarps warps, warp w takes the groups
+// w, w + 8, ... of splits. `out` is bf16. Idle rows, and rows without a visible key, come out as zeros.
+// Runs::states(partial, row, head) says which states those are (a StateRun, empty for an idle row).
+template <int kHeadDim, class Runs>
+__global__ void __launch_bounds__(32 * kMergeWarps)
+    merge_states_kernel(const __grid_constant__ Runs runs, PartialStates partial, uint16_t* out) {
+  constexpr int kPer = kHeadDim / 32;  // channels a lane
+  __shared__ float group_o[kMergeWarps][kHeadDim];
+  __shared__ float group_l[kMergeWarps];
+  const int head = int(blockIdx.x), row = int(blockIdx.y), q_heads = int(gridDim.x);
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  const StateRun run = runs.states(partial, row, head);
+  float largest = negative_infinity();
+  for (int s = run.begin + lane; s < run.end; s += 32)
+    largest = fmaxf(largest, partial.ml[run.first + int64_t(s) * run.stride].x);
+  for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  if (largest == negative_infinity()) largest = 0.f;
+
+  float sum_l = 0.f, sum_o = 0.f;  // of channel threadIdx.x, for threadIdx.x < kHeadDim
+  const int groups = (run.end + kMergeGroup - 1) / kMergeGroup;
+  for (int first = 0; first < groups; first += kMergeWarps) {
+    float o[kPer] = {}, l = 0.f;
+    const int begin = (first + warp) * kMergeGroup;
+    float values[kMergeGroup][kPer];
+    float2 ml[kMergeGroup];
+#pragma unroll
+    for (int i = 0; i < kMergeGroup; ++i) {  // all loads first: they are independent
+      const int s = begin + i;
+      const bool mine = s >= run.begin && s < run.end;
+      const int64_t at = run.first + int64_t(s) * run.stride;
+      ml[i] = mine ? partial.ml[at] : make_float2(negative_infinity(), 0.f);
+      const float* from = partial.o + at * kHeadDim + lane * kPer;
+#pragma unroll
+      for (int j = 0; j < kPer; j += 2) {
+        const float2 pair = mine ? *reinterpret_cast<const float2*>(from + j) : make_float2(0.f, 0.f);
+        values[i][j] = pair.x;
+        values[i][j + 1] = pair.y;
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kMergeGroup; ++i) {
+      const float weight = fast_exp2(__fsub_rn(ml[i].x, largest));
+      l = __fmaf_rn(ml[i].y, weight, l);
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) o[j] = __fmaf_rn(values[i][j], weight, o[j]);
+    }
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) group_o[warp][lane * kPer + j] = o[j];
+    if (lane == 0) group_l[warp] = l;
+    __syncthreads();
+    if (int(threadIdx.x) < kHeadDim) {
+      for (int g = 0; g < kMergeWarps; ++g) {
+        sum_o = __fadd_rn(sum_o, group_o[g][threadIdx.x]);
+        sum_l = __fadd_rn(sum_l, group_l[g]);
+      }
+    }
+    __syncthreads();
+  }
+  if (int(threadIdx.x) < kHeadDim) {
+    const float value = sum_l > 0.f || sum_l != sum_l ? __fdiv_rn(sum_o, sum_l) : 0.f;
+    out[(int64_t(row) * q_heads + head) * kHeadDim + threadIdx.x] = uint16_t(pack_bf16(value, 0.f));
+  }
+}
+
+}  // namespace vericache::cuda
