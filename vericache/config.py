@@ -77,18 +77,25 @@ class SamplingParams:
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        _require(_is_int(self.max_tokens) and self.max_tokens >= 1,
-                 f"max_tokens must be an integer of at least 1, got {self.max_tokens}")  # fmt: skip
-        _require(math.isfinite(self.temperature) and self.temperature >= 0,
-                 f"temperature must be finite and at least 0, got {self.temperature}")  # fmt: skip
+        _require(
+            _is_int(self.max_tokens) and self.max_tokens >= 1,
+            f"max_tokens must be an integer of at least 1, got {self.max_tokens}",
+        )
+        _require(
+            math.isfinite(self.temperature) and self.temperature >= 0,
+            f"temperature must be finite and at least 0, got {self.temperature}",
+        )
         _require(_is_int(self.top_k) and self.top_k >= 0, f"top_k must be an integer >= 0, got {self.top_k}")
         _require(0 < self.top_p <= 1, f"top_p must lie in (0, 1], got {self.top_p}")
         _require(0 <= self.min_p < 1, f"min_p must lie in [0, 1), got {self.min_p}")
-        _require(_is_int(self.seed) and -(2**63) <= self.seed < 2**63,
-                 f"seed must be a 64-bit integer, got {self.seed}")  # fmt: skip
+        _require(
+            _is_int(self.seed) and -(2**63) <= self.seed < 2**63, f"seed must be a 64-bit integer, got {self.seed}"
+        )
         _require(all(isinstance(s, str) and s for s in self.stop), "a stop string must not be empty")
-        _require(self.draft_len is None or (_is_int(self.draft_len) and 1 <= self.draft_len <= 127),
-                 f"draft_len must lie in 1..127, got {self.draft_len}")  # fmt: skip
+        _require(
+            self.draft_len is None or (_is_int(self.draft_len) and 1 <= self.draft_len <= 127),
+            f"draft_len must lie in 1..127, got {self.draft_len}",
+        )
 
 
 @dataclass(frozen=True)
@@ -131,14 +138,22 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _require(self.mode in MODES, f"unknown mode '{self.mode}'; choose one of {', '.join(MODES)}")
-        _require(_is_int(self.draft_len) and 1 <= self.draft_len <= 127,
-                 f"draft_len must lie in 1..127, got {self.draft_len}")  # fmt: skip
-        _require(self.run_ahead is None or (_is_int(self.run_ahead) and 0 <= self.run_ahead <= 127),
-                 f"run_ahead must lie in 0..127, got {self.run_ahead}")  # fmt: skip
-        _require(_is_int(self.page_size) and self.page_size in (16, 32, 64, 128, 256),
-                 f"page_size must be 16, 32, 64, 128 or 256, got {self.page_size}")  # fmt: skip
-        _require(_is_int(self.prefill_chunk) and 1 <= self.prefill_chunk <= 4096,
-                 f"prefill_chunk must lie in 1..4096, got {self.prefill_chunk}")  # fmt: skip
+        _require(
+            _is_int(self.draft_len) and 1 <= self.draft_len <= 127,
+            f"draft_len must lie in 1..127, got {self.draft_len}",
+        )
+        _require(
+            self.run_ahead is None or (_is_int(self.run_ahead) and 0 <= self.run_ahead <= 127),
+            f"run_ahead must lie in 0..127, got {self.run_ahead}",
+        )
+        _require(
+            _is_int(self.page_size) and self.page_size in (16, 32, 64, 128, 256),
+            f"page_size must be 16, 32, 64, 128 or 256, got {self.page_size}",
+        )
+        _require(
+            _is_int(self.prefill_chunk) and 1 <= self.prefill_chunk <= 4096,
+            f"prefill_chunk must lie in 1..4096, got {self.prefill_chunk}",
+        )
         for name in ("max_batch", "max_verifying"):
             value = getattr(self, name)
             _require(_is_int(value) and value >= 1, f"{name} must be an integer of at least 1, got {value}")

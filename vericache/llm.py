@@ -37,27 +37,49 @@ class LLM:
         InvalidRequestError: an option is out of range.
     """
 
-    def __init__(self, model: str | Path, *, mode: Mode = "vericache", compressor: str = "snapkv:ratio=0.25",
-                 dtype: torch.dtype | str | None = None, device: torch.device | str | None = None,
-                 memory_budget: int | str | None = None, host_budget: int | str | None = None,
-                 draft_len: int = 16, page_size: int = 64, prefill_chunk: int = 256, max_batch: int = 32,
-                 record_logits: bool = False, config: EngineConfig | None = None,
-                 progress: Progress | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        mode: Mode = "vericache",
+        compressor: str = "snapkv:ratio=0.25",
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+        memory_budget: int | str | None = None,
+        host_budget: int | str | None = None,
+        draft_len: int = 16,
+        page_size: int = 64,
+        prefill_chunk: int = 256,
+        max_batch: int = 32,
+        record_logits: bool = False,
+        config: EngineConfig | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         self.folder = find_model(model)
         self.device = _pick_device(device)
         if config is None:
-            config = EngineConfig(mode=mode, compressor=compressor, draft_len=draft_len, page_size=page_size,
-                                  prefill_chunk=prefill_chunk, max_batch=max_batch, record_logits=record_logits,
-                                  memory_budget=memory_budget or _default_budget(self.device),
-                                  host_budget=host_budget)  # fmt: skip
+            config = EngineConfig(
+                mode=mode,
+                compressor=compressor,
+                draft_len=draft_len,
+                page_size=page_size,
+                prefill_chunk=prefill_chunk,
+                max_batch=max_batch,
+                record_logits=record_logits,
+                memory_budget=memory_budget or _default_budget(self.device),
+                host_budget=host_budget,
+            )
         self.config = config
         self._progress = progress
         self.tokenizer: Tokenizer = load_tokenizer(self.folder)
         self.model = load_model(self.folder, dtype=_dtype(dtype), device=self.device)
         self.engine = Engine(self.model, config, self.tokenizer.decode)
 
-    def generate(self, prompts: str | Sequence[str | Sequence[int]],
-                 params: SamplingParams | Sequence[SamplingParams] | None = None) -> list[RequestOutput]:  # fmt: skip
+    def generate(
+        self,
+        prompts: str | Sequence[str | Sequence[int]],
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> list[RequestOutput]:
         """Generate for a batch of prompts, in order.
 
         Args:
@@ -68,8 +90,11 @@ class LLM:
             InvalidRequestError, CapacityError: a prompt cannot run; raised before any work.
         """
         batch = [prompts] if isinstance(prompts, str) else list(prompts)
-        each = [params or SamplingParams()] * len(batch) if params is None or isinstance(params, SamplingParams) \
-            else list(params)  # fmt: skip
+        each = (
+            [params or SamplingParams()] * len(batch)
+            if params is None or isinstance(params, SamplingParams)
+            else list(params)
+        )
         if len(each) != len(batch):
             raise InvalidRequestError(f"got {len(each)} sampling parameters for {len(batch)} prompts; give one each")
         requests: list[Request] = []

@@ -45,7 +45,8 @@ void linear_times(Report& report, int n, int k) {
         cuda::linear(p, s);
       });
       const double bytes = double(w_bytes) + double(rows) * k * 2 + double(rows) * n * (logits ? 4 : 2);
-      report.time(text("linear M=", rows, " N=", n, " K=", k, settled ? " w_settled" : ""), us, bytes, bytes / g_copy_rate);
+      report.time(text("linear M=", rows, " N=", n, " K=", k, settled ? " w_settled" : ""), us, bytes,
+                  bytes / g_copy_rate);
     }
   }
 }
@@ -56,17 +57,17 @@ void layer_op_times(Report& report) {
     const int dim = 4096, inter = 14336, q_heads = 32, kv_heads = 8, head_dim = 128, page_size = 64;
     const Buffer x = random_buffer<T>(size_t(rows) * dim, 1), residual = random_buffer<T>(size_t(rows) * dim, 2);
     const Buffer weight = random_buffer<T>(dim, 3), out(size_t(rows) * dim * 2), sum(size_t(rows) * dim * 2);
-    const RmsNormParams norm{x.get(), residual.get(), weight.get(), out.get(), sum.get(), dim, dim, rows, dim, 1e-5f,
-                             DType::kBFloat16};
+    const RmsNormParams norm{x.get(), residual.get(), weight.get(), out.get(), sum.get(),       dim,
+                             dim,     rows,           dim,          1e-5f,     DType::kBFloat16};
     double bytes = 4.0 * rows * dim * 2;
-    report.time(text("add_rms_norm rows=", rows), time_graph(32, 9, [&](int, cudaStream_t s) { cuda::rms_norm(norm, s); }),
-                bytes, bytes / g_copy_rate);
+    report.time(text("add_rms_norm rows=", rows),
+                time_graph(32, 9, [&](int, cudaStream_t s) { cuda::rms_norm(norm, s); }), bytes, bytes / g_copy_rate);
 
     const Buffer gate_up = random_buffer<T>(size_t(rows) * 2 * inter, 4), act(size_t(rows) * inter * 2);
     const SiluMulParams silu{gate_up.get(), act.get(), 2 * inter, rows, inter, DType::kBFloat16};
     bytes = 3.0 * rows * inter * 2;
-    report.time(text("silu_mul rows=", rows), time_graph(32, 9, [&](int, cudaStream_t s) { cuda::silu_mul(silu, s); }), bytes,
-                bytes / g_copy_rate);
+    report.time(text("silu_mul rows=", rows), time_graph(32, 9, [&](int, cudaStream_t s) { cuda::silu_mul(silu, s); }),
+                bytes, bytes / g_copy_rate);
 
     const int64_t width = (q_heads + 2 * kv_heads) * head_dim;
     const size_t page_bytes = size_t(2) * kv_heads * page_size * head_dim * 2;
@@ -83,8 +84,8 @@ void layer_op_times(Report& report) {
     rope.qkv_stride_row = width, rope.rows = rows, rope.q_heads = q_heads, rope.kv_heads = kv_heads;
     rope.head_dim = head_dim, rope.page_size = page_size, rope.eps = 1e-6f, rope.dtype = DType::kBFloat16;
     bytes = 2.0 * rows * width * 2;
-    report.time(text("rope_write rows=", rows), time_graph(32, 9, [&](int, cudaStream_t s) { cuda::rope_write(rope, s); }),
-                bytes, bytes / g_copy_rate);
+    report.time(text("rope_write rows=", rows),
+                time_graph(32, 9, [&](int, cudaStream_t s) { cuda::rope_write(rope, s); }), bytes, bytes / g_copy_rate);
   }
 }
 
@@ -97,19 +98,21 @@ void sample_times(Report& report) {
       float temperature, top_p, min_p;
       int top_k;
     };
-    for (const Case& c : {Case{"greedy", 0, 1, 0, 0}, Case{"T=1", 1, 1, 0, 0}, Case{"T=0.7 top_p=0.9", 0.7f, 0.9f, 0, 0},
-                          Case{"T=0.7 top_k=50 top_p=0.9", 0.7f, 0.9f, 0, 50}}) {
+    for (const Case& c :
+         {Case{"greedy", 0, 1, 0, 0}, Case{"T=1", 1, 1, 0, 0}, Case{"T=0.7 top_p=0.9", 0.7f, 0.9f, 0, 0},
+          Case{"T=0.7 top_k=50 top_p=0.9", 0.7f, 0.9f, 0, 50}}) {
       const Buffer t = upload(std::vector<float>(rows, c.temperature)), tp = upload(std::vector<float>(rows, c.top_p));
       const Buffer mp = upload(std::vector<float>(rows, c.min_p)), tk = upload(std::vector<int32_t>(rows, c.top_k));
       const Buffer seed = upload(std::vector<int64_t>(rows, 7)), position = upload(std::vector<int32_t>(rows, 9));
       SampleParams p{};
-      p.logits = logits.get<float>(), p.temperature = t.get<float>(), p.top_k = tk.get<int32_t>(), p.top_p = tp.get<float>();
+      p.logits = logits.get<float>(), p.temperature = t.get<float>(), p.top_k = tk.get<int32_t>(),
+      p.top_p = tp.get<float>();
       p.min_p = mp.get<float>(), p.seed = seed.get<int64_t>(), p.row_position = position.get<int32_t>();
       p.token = token.get<int64_t>(), p.logprob = logprob.get<float>(), p.logits_stride_row = vocab, p.rows = rows;
       p.vocab = vocab;
       const double bytes = 4.0 * rows * vocab;
-      report.time(text("sample rows=", rows, " ", c.name), time_graph(16, 9, [&](int, cudaStream_t s) { cuda::sample(p, s); }),
-                  bytes, bytes / g_copy_rate);
+      report.time(text("sample rows=", rows, " ", c.name),
+                  time_graph(16, 9, [&](int, cudaStream_t s) { cuda::sample(p, s); }), bytes, bytes / g_copy_rate);
     }
   }
 }
@@ -127,13 +130,14 @@ void page_times(Report& report) {
     std::vector<int64_t> quant_table(pages);
     for (int i = 0; i < pages; ++i) quant_table[i] = quant.address() + i * layout.page_bytes;
     const Buffer t_quant = upload(quant_table);
-    const QuantizeParams p{t_full.get<int64_t>(), t_quant.get<int64_t>(), pages, kv_heads, head_dim, page_size, bits, group,
-                           DType::kBFloat16};
+    const QuantizeParams p{
+        t_full.get<int64_t>(), t_quant.get<int64_t>(), pages, kv_heads, head_dim, page_size, bits, group,
+        DType::kBFloat16};
     const double bytes = double(full_bytes + layout.page_bytes) * pages;
-    report.time(text("kv_quantize bits=", bits), time_graph(3, 7, [&](int, cudaStream_t s) { cuda::kv_quantize(p, s); }), bytes,
-                bytes / g_copy_rate);
-    report.time(text("kv_dequantize bits=", bits), time_graph(3, 7, [&](int, cudaStream_t s) { cuda::kv_dequantize(p, s); }),
-                bytes, bytes / g_copy_rate);
+    report.time(text("kv_quantize bits=", bits),
+                time_graph(3, 7, [&](int, cudaStream_t s) { cuda::kv_quantize(p, s); }), bytes, bytes / g_copy_rate);
+    report.time(text("kv_dequantize bits=", bits),
+                time_graph(3, 7, [&](int, cudaStream_t s) { cuda::kv_dequantize(p, s); }), bytes, bytes / g_copy_rate);
   }
   const int capacity = pages * page_size / 4, head_pages = capacity / page_size;
   const size_t head_bytes = size_t(2) * page_size * head_dim * 2;
@@ -144,13 +148,24 @@ void page_times(Report& report) {
   for (int h = 0; h < kv_heads; ++h)
     for (int i = 0; i < capacity; ++i) positions[size_t(h) * capacity + i] = 4 * i + int(hash32(h * 977 + i) % 4);
   const Buffer t_heads = upload(head_table), t_pos = upload(positions), t_counts = upload(counts);
-  const TokenMoveParams p{t_full.get<int64_t>(), t_heads.get<int64_t>(), t_pos.get<int32_t>(), t_counts.get<int32_t>(),
-                          head_pages, capacity, kv_heads, head_dim, page_size, capacity, pages, head_pages, DType::kBFloat16};
+  const TokenMoveParams p{t_full.get<int64_t>(),
+                          t_heads.get<int64_t>(),
+                          t_pos.get<int32_t>(),
+                          t_counts.get<int32_t>(),
+                          head_pages,
+                          capacity,
+                          kv_heads,
+                          head_dim,
+                          page_size,
+                          capacity,
+                          pages,
+                          head_pages,
+                          DType::kBFloat16};
   const double bytes = 2.0 * heads.bytes();
-  report.time("gather_tokens ratio=0.25", time_graph(3, 7, [&](int, cudaStream_t s) { cuda::gather_tokens(p, s); }), bytes,
-              bytes / g_copy_rate);
-  report.time("scatter_tokens ratio=0.25", time_graph(3, 7, [&](int, cudaStream_t s) { cuda::scatter_tokens(p, s); }), bytes,
-              bytes / g_copy_rate);
+  report.time("gather_tokens ratio=0.25", time_graph(3, 7, [&](int, cudaStream_t s) { cuda::gather_tokens(p, s); }),
+              bytes, bytes / g_copy_rate);
+  report.time("scatter_tokens ratio=0.25", time_graph(3, 7, [&](int, cudaStream_t s) { cuda::scatter_tokens(p, s); }),
+              bytes, bytes / g_copy_rate);
 }
 
 void codec_times(Report& report) {

@@ -3,7 +3,7 @@
 // specification), against double precision, and bit for bit against themselves where R1 applies. Outputs are poisoned
 // before each run; every buffer has a guard behind it. Exit status 1 if a check fails.
 //
-//   dense_check [results.json]
+//   dense_check [--quick] [results.json]      --quick: small shapes only, for compute-sanitizer
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -69,23 +69,23 @@ double relative_error(const std::vector<T>& got, const std::vector<double>& want
 
 // T: device element; H: the same on the host.
 template <class T, class H>
-void linear_against_double(Report& report, DType dtype, double bound) {
+void linear_against_double(Report& report, DType dtype, double bound, bool quick) {
   struct Case {
     int rows, n, k;
     bool bias, residual, f32;
   };
-  const Case cases[] = {{1, 6144, 4096, false, false, false}, {7, 4096, 4096, true, false, false},
-                        {8, 4096, 4096, false, true, false},  {9, 4096, 14336, false, true, false},
-                        {33, 6144, 4096, true, true, false},  {64, 4096, 4096, false, false, true},
-                        {65, 1000, 1376, true, true, true},   {61, 257, 520, true, false, false},
-                        {17, 61, 72, false, true, true},      {256, 512, 512, true, true, false},
-                        {100, 1, 8, false, false, false},     {3, 5, 61, true, true, false},
-                        {1, 28672, 4096, false, false, false}};
+  const Case cases[] = {
+      {1, 6144, 4096, false, false, false}, {7, 4096, 4096, true, false, false}, {8, 4096, 4096, false, true, false},
+      {9, 4096, 14336, false, true, false}, {33, 6144, 4096, true, true, false}, {64, 4096, 4096, false, false, true},
+      {65, 1000, 1376, true, true, true},   {61, 257, 520, true, false, false},  {17, 61, 72, false, true, true},
+      {256, 512, 512, true, true, false},   {100, 1, 8, false, false, false},    {3, 5, 61, true, true, false},
+      {1, 28672, 4096, false, false, false}};
   double worst = 0;
   std::string at;
   bool guard = true;
   for (const Case& c : cases) {
     if (dtype == DType::kFloat32 && int64_t(c.rows) * c.n * c.k > int64_t(2) << 30) continue;
+    if (quick && int64_t(c.n) * c.k > 1 << 21) continue;
     const size_t outs = size_t(c.rows) * c.n;
     const Buffer x = random_buffer<T>(size_t(c.rows) * c.k, 1), w = random_buffer<T>(size_t(c.n) * c.k, 2, 0.05f);
     const Buffer bias = random_buffer<T>(c.n, 3), residual = random_buffer<T>(outs, 4);
@@ -107,7 +107,11 @@ void linear_against_double(Report& report, DType dtype, double bound) {
       error = relative_error(got, want.to_host<double>());
     } else {
       auto got = out.to_host<H>();
-      const H poison = [] { H h; std::memset(&h, 0xff, sizeof h); return h; }();
+      const H poison = [] {
+        H h;
+        std::memset(&h, 0xff, sizeof h);
+        return h;
+      }();
       for (size_t i = outs; i < got.size(); ++i) guard &= std::memcmp(&got[i], &poison, sizeof poison) == 0;
       error = relative_error(got, want.to_host<double>());
     }
@@ -119,18 +123,19 @@ void linear_against_double(Report& report, DType dtype, double bound) {
 
 // Each row alone, then all row counts, then shuffled rows among NaN neighbours: the same bits.
 template <class T>
-void linear_invariance(Report& report, int n, int k, DType dtype, bool f32_out) {
-  constexpr int kRows = 256;
+void linear_invariance(Report& report, int n, int k, DType dtype, bool f32_out, bool quick) {
+  const int all_rows = quick ? 70 : 256;
   const size_t out_elem = f32_out ? 4 : sizeof(T), row_bytes = n * out_elem;
-  const Buffer x = random_buffer<T>(size_t(kRows) * k, 11), w = random_buffer<T>(size_t(n) * k, 12, 0.05f);
-  const Buffer alone(kRows * row_bytes), out(kRows * row_bytes), mixed(size_t(kRows) * k * sizeof(T));
+  const Buffer x = random_buffer<T>(size_t(all_rows) * k, 11), w = random_buffer<T>(size_t(n) * k, 12, 0.05f);
+  const Buffer alone(all_rows * row_bytes), out(all_rows * row_bytes), mixed(size_t(all_rows) * k * sizeof(T));
   uint64_t different = 0, runs = 0;
   alone.poison();
-  for (int r = 0; r < kRows; ++r)
-    cuda::linear(linear_params(x.get<T>() + size_t(r) * k, w.get(), alone.get<uint8_t>() + r * row_bytes, 1, n, k, dtype,
-                               f32_out), nullptr);
-  for (int rows = 1; rows <= kRows; ++rows, ++runs) {
-    const int first = (rows * 37) % (kRows - rows + 1);
+  for (int r = 0; r < all_rows; ++r)
+    cuda::linear(linear_params(x.get<T>() + size_t(r) * k, w.get(), alone.get<uint8_t>() + r * row_bytes, 1, n, k,
+                               dtype, f32_out),
+                 nullptr);
+  for (int rows = 1; rows <= all_rows; ++rows, ++runs) {
+    const int first = (rows * 37) % (all_rows - rows + 1);
     out.poison();
     LinearParams p = linear_params(x.get<T>() + size_t(first) * k, w.get(), out.get(), rows, n, k, dtype, f32_out);
     p.w_settled = rows % 2 == 0;
@@ -140,19 +145,19 @@ void linear_invariance(Report& report, int n, int k, DType dtype, bool f32_out) 
   Rng rng(5);
   uint64_t shuffled = 0;
   for (int run = 0; run < 20; ++run, ++runs) {
-    std::vector<int> order(kRows);
+    std::vector<int> order(all_rows);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), rng);
-    const int rows = 1 + int(rng() % kRows);
+    const int rows = 1 + int(rng() % all_rows);
     VC_CUDA_CHECK(cudaMemset(mixed.get(), 0xff, mixed.bytes()));  // NaN in the rows that are not compared
-    std::vector<int> slots(kRows);
+    std::vector<int> slots(all_rows);
     std::iota(slots.begin(), slots.end(), 0);
     std::shuffle(slots.begin(), slots.end(), rng);
     for (int i = 0; i < rows; ++i)
       VC_CUDA_CHECK(cudaMemcpyAsync(mixed.get<T>() + size_t(slots[i]) * k, x.get<T>() + size_t(order[i]) * k,
                                     k * sizeof(T), cudaMemcpyDeviceToDevice));
     out.poison();
-    cuda::linear(linear_params(mixed.get(), w.get(), out.get(), kRows, n, k, dtype, f32_out), nullptr);
+    cuda::linear(linear_params(mixed.get(), w.get(), out.get(), all_rows, n, k, dtype, f32_out), nullptr);
     for (int i = 0; i < rows; i += 8)
       shuffled += differences(out.get<uint8_t>() + slots[i] * row_bytes, alone.get<uint8_t>() + order[i] * row_bytes,
                               nullptr, 1, row_bytes);
@@ -162,7 +167,8 @@ void linear_invariance(Report& report, int n, int k, DType dtype, bool f32_out) 
   VC_CUDA_CHECK(cudaMemcpy(&bits, x.get(), 2, cudaMemcpyDeviceToHost));
   bits ^= 0x2000;
   VC_CUDA_CHECK(cudaMemcpy(mixed.get(), x.get(), x.bytes(), cudaMemcpyDeviceToDevice));
-  VC_CUDA_CHECK(cudaMemcpy(mixed.get<uint8_t>() + (dtype == DType::kFloat32 ? 2 : 0), &bits, 2, cudaMemcpyHostToDevice));
+  VC_CUDA_CHECK(
+      cudaMemcpy(mixed.get<uint8_t>() + (dtype == DType::kFloat32 ? 2 : 0), &bits, 2, cudaMemcpyHostToDevice));
   cuda::linear(linear_params(mixed.get(), w.get(), out.get(), 8, n, k, dtype, f32_out), nullptr);
   const bool control = differences(out.get(), alone.get(), nullptr, 8, row_bytes) > 0;
   report.check(text("linear_invariance_", n, "x", k, "_", dtype_name(dtype)), different + shuffled == 0 && control,
@@ -195,8 +201,17 @@ void norm_checks(Report& report, DType dtype, double bound) {
       const Buffer weight = random_buffer<T>(dim, 23);
       const size_t bytes = size_t(rows) * dim * sizeof(T);
       const Buffer out(bytes), sum(bytes), one(bytes), one_sum(bytes);
-      RmsNormParams p{x.get(), with_residual ? residual.get() : nullptr, weight.get(), out.get(),
-                      with_residual ? sum.get() : nullptr, stride, dim, rows, dim, 1e-5f, dtype};
+      RmsNormParams p{x.get(),
+                      with_residual ? residual.get() : nullptr,
+                      weight.get(),
+                      out.get(),
+                      with_residual ? sum.get() : nullptr,
+                      stride,
+                      dim,
+                      rows,
+                      dim,
+                      1e-5f,
+                      dtype};
       out.poison(), sum.poison(), one.poison(), one_sum.poison();
       cuda::rms_norm(p, nullptr);
       for (int r = 0; r < rows; ++r) {
@@ -215,7 +230,8 @@ void norm_checks(Report& report, DType dtype, double bound) {
       VC_CUDA_CHECK(cudaMemcpy2D(odd.get(), (dim + 1) * sizeof(T), x.get(), stride * sizeof(T), dim * sizeof(T), rows,
                                  cudaMemcpyDeviceToDevice));
       RmsNormParams q = p;
-      q.x = odd.get(), q.x_stride_row = dim + 1, q.out = one.get(), q.residual_out = with_residual ? one_sum.get() : nullptr;
+      q.x = odd.get(), q.x_stride_row = dim + 1, q.out = one.get(),
+      q.residual_out = with_residual ? one_sum.get() : nullptr;
       cuda::rms_norm(q, nullptr);
       different += differences(out.get(), one.get(), nullptr, rows, dim * sizeof(T));
 
@@ -229,8 +245,9 @@ void norm_checks(Report& report, DType dtype, double bound) {
       if (with_residual) worst = std::max(worst, 1e3 * worst_difference(sum.to_host<H>(), hs));
     }
   }
-  report.check(text("norm_", dtype_name(dtype)), worst < bound && different == 0,
-               text("largest difference from the CPU ", worst, ", ", different, " bits differ over rows and alignment"));
+  report.check(
+      text("norm_", dtype_name(dtype)), worst < bound && different == 0,
+      text("largest difference from the CPU ", worst, ", ", different, " bits differ over rows and alignment"));
 }
 
 template <class T, class H>
@@ -299,8 +316,8 @@ void rope_checks(Report& report, DType dtype, double bound) {
       const bool want_poison = std::memcmp(&host_pages[i], &poison, sizeof poison) == 0;
       untouched &= got_poison == want_poison;
       if (!want_poison)
-        worst = std::max(worst, std::abs(to_double(got[i]) - to_double(host_pages[i])) /
-                                    (1 + std::abs(to_double(host_pages[i]))));
+        worst = std::max(
+            worst, std::abs(to_double(got[i]) - to_double(host_pages[i])) / (1 + std::abs(to_double(host_pages[i]))));
     }
   }
   report.check(text("rope_write_", dtype_name(dtype)), worst < bound && different == 0 && untouched,
@@ -328,12 +345,13 @@ void silu_checks(Report& report, DType dtype, double bound) {
 
 // ---- sampler: the CPU's tokens --------------------------------------------------------------------------------------
 
-void sample_checks(Report& report) {
+void sample_checks(Report& report, bool quick) {
   Rng rng(6);
   int rows_total = 0, wrong = 0, reruns = 0;
   double worst = 0;
   std::string first;
   for (const int vocab : {1, 5, 61, 1000, 32000, 128256, 151936}) {
+    if (quick && vocab > 32000) continue;
     for (int kind = 0; kind < 5; ++kind) {
       const int rows = vocab > 1000 ? 24 : 64, stride = vocab + int(rng() % 5);
       std::vector<float> logits(size_t(rows) * stride), temperature(rows), top_p(rows), min_p(rows);
@@ -346,9 +364,12 @@ void sample_checks(Report& report) {
       if (kind == 3)
         for (size_t i = 0; i < logits.size(); i += 3) logits[i] = -std::numeric_limits<float>::infinity();
       for (int r = 0; r < rows; ++r) {
-        if (kind == 4 && r % 4 == 0) logits[size_t(r) * stride + rng() % vocab] = std::numeric_limits<float>::quiet_NaN();
-        if (kind == 4 && r % 4 == 1) std::fill_n(logits.begin() + r * stride, vocab, -std::numeric_limits<float>::infinity());
-        if (kind == 4 && r % 4 == 2) logits[size_t(r) * stride + rng() % vocab] = std::numeric_limits<float>::infinity();
+        if (kind == 4 && r % 4 == 0)
+          logits[size_t(r) * stride + rng() % vocab] = std::numeric_limits<float>::quiet_NaN();
+        if (kind == 4 && r % 4 == 1)
+          std::fill_n(logits.begin() + r * stride, vocab, -std::numeric_limits<float>::infinity());
+        if (kind == 4 && r % 4 == 2)
+          logits[size_t(r) * stride + rng() % vocab] = std::numeric_limits<float>::infinity();
         const float temperatures[] = {0.0f, 1.0f, 0.7f, 1.5f};
         temperature[r] = temperatures[rng() % 4];
         const int32_t ks[] = {0, 1, 5, 50, vocab / 2, vocab + 7};
@@ -414,7 +435,8 @@ void quantize_checks(Report& report, DType dtype) {
   struct Case {
     int pages, kv_heads, head_dim, page_size, group;
   };
-  for (const Case& c : {Case{3, 2, 128, 64, 32}, Case{2, 8, 64, 32, 32}, Case{5, 1, 128, 16, 16}, Case{1, 2, 256, 128, 64}}) {
+  for (const Case& c :
+       {Case{3, 2, 128, 64, 32}, Case{2, 8, 64, 32, 32}, Case{5, 1, 128, 16, 16}, Case{1, 2, 256, 128, 64}}) {
     for (const int bits : {2, 4, 8}) {
       const size_t full_elems = size_t(2) * c.kv_heads * c.page_size * c.head_dim;
       const auto layout = QuantPageLayout::make(c.kv_heads, c.page_size, c.head_dim, bits, c.group, sizeof(T));
@@ -440,8 +462,15 @@ void quantize_checks(Report& report, DType dtype) {
       }
       const Buffer t_full = upload(d_full), t_quant = upload(d_quant), t_back = upload(d_back);
       quant.poison(), back.poison();
-      QuantizeParams p{t_full.get<int64_t>(), t_quant.get<int64_t>(), c.pages, c.kv_heads, c.head_dim, c.page_size, bits,
-                       c.group, dtype};
+      QuantizeParams p{t_full.get<int64_t>(),
+                       t_quant.get<int64_t>(),
+                       c.pages,
+                       c.kv_heads,
+                       c.head_dim,
+                       c.page_size,
+                       bits,
+                       c.group,
+                       dtype};
       cuda::kv_quantize(p, nullptr);
       QuantizeParams q = p;
       q.full_pages = t_back.get<int64_t>();
@@ -461,8 +490,9 @@ void quantize_checks(Report& report, DType dtype) {
       }
     }
   }
-  report.check(text("kv_quantize_", dtype_name(dtype)), different == 0 && back_different == 0,
-               text(different, " of ", total, " bytes differ from the CPU's, ", back_different, " values after dequantize"));
+  report.check(
+      text("kv_quantize_", dtype_name(dtype)), different == 0 && back_different == 0,
+      text(different, " of ", total, " bytes differ from the CPU's, ", back_different, " values after dequantize"));
 }
 
 template <class T, class H>
@@ -492,13 +522,26 @@ void token_move_checks(Report& report, DType dtype) {
     d_heads[i] = heads.address() + int64_t(i * head_elems * sizeof(T));
     h_heads[i] = reinterpret_cast<int64_t>(host_heads.data() + i * head_elems);
   }
-  const Buffer t_pages = upload(d_pages), t_heads = upload(d_heads), t_pos = upload(positions), t_counts = upload(counts);
+  const Buffer t_pages = upload(d_pages), t_heads = upload(d_heads), t_pos = upload(positions),
+               t_counts = upload(counts);
   heads.poison();
-  TokenMoveParams p{t_pages.get<int64_t>(), t_heads.get<int64_t>(), t_pos.get<int32_t>(), t_counts.get<int32_t>(), head_pages,
-                    capacity, kv_heads, head_dim, page_size, capacity, pages, head_pages, dtype};
+  TokenMoveParams p{t_pages.get<int64_t>(),
+                    t_heads.get<int64_t>(),
+                    t_pos.get<int32_t>(),
+                    t_counts.get<int32_t>(),
+                    head_pages,
+                    capacity,
+                    kv_heads,
+                    head_dim,
+                    page_size,
+                    capacity,
+                    pages,
+                    head_pages,
+                    dtype};
   cuda::gather_tokens(p, nullptr);
   TokenMoveParams q = p;
-  q.page_table = h_pages.data(), q.head_table = h_heads.data(), q.positions = positions.data(), q.counts = counts.data();
+  q.page_table = h_pages.data(), q.head_table = h_heads.data(), q.positions = positions.data(),
+  q.counts = counts.data();
   cpu::gather_tokens(q);
   const auto got = heads.to_host<H>();
   different = std::memcmp(got.data(), host_heads.data(), got.size() * sizeof(H)) != 0;
@@ -538,15 +581,16 @@ void codec_checks(Report& report) {
   Rng rng(8);
   int bytes_differ = 0, values_differ = 0, cases = 0;
   double normal_bits = 0;
-  for (const char* kind : {"normal", "outliers", "all_bits", "random_bits", "zeros", "half_zeros", "rare", "subnormal",
-                           "nan_inf"}) {
+  for (const char* kind :
+       {"normal", "outliers", "all_bits", "random_bits", "zeros", "half_zeros", "rare", "subnormal", "nan_inf"}) {
     for (const int64_t elems : {int64_t(8), int64_t(2048), int64_t(2056), int64_t(65536), int64_t(131072 + 1000)}) {
       const int pages = 3;
       const auto layout = Bf16PackLayout::make(elems);
       const auto host = codec_values(kind, elems * pages, rng);
       const size_t room = size_t(layout.max_bytes + 15) / 16 * 16;
       std::vector<uint8_t> want(room * pages);
-      std::vector<int64_t> want_bytes(pages), h_raw(pages), h_packed(pages), d_raw(pages), d_packed(pages), d_back(pages);
+      std::vector<int64_t> want_bytes(pages), h_raw(pages), h_packed(pages), d_raw(pages), d_packed(pages),
+          d_back(pages);
       const Buffer raw = upload(host), packed(room * pages), back(elems * pages * 2), bytes(pages * 8);
       for (int i = 0; i < pages; ++i) {
         h_raw[i] = reinterpret_cast<int64_t>(host.data() + i * elems);
@@ -559,7 +603,8 @@ void codec_checks(Report& report) {
       const Buffer t_raw = upload(d_raw), t_packed = upload(d_packed), t_back = upload(d_back);
       packed.poison(), back.poison(), bytes.poison();
       cuda::bf16_pack({t_raw.get<int64_t>(), t_packed.get<int64_t>(), bytes.get<int64_t>(), elems, pages, 0}, nullptr);
-      cuda::bf16_unpack({t_back.get<int64_t>(), t_packed.get<int64_t>(), nullptr, elems, pages, cases % 2 ? 2 : 0}, nullptr);
+      cuda::bf16_unpack({t_back.get<int64_t>(), t_packed.get<int64_t>(), nullptr, elems, pages, cases % 2 ? 2 : 0},
+                        nullptr);
       const auto got = packed.to_host<uint8_t>();
       const auto got_bytes = bytes.to_host<int64_t>();
       values_differ += back.to_host<uint16_t>() != host;
@@ -589,22 +634,25 @@ void codec_checks(Report& report) {
                     " round trips are not exact, ", normal_bits, " bits an element of a normal distribution"));
 }
 
-int run(const std::string& path) {
+int run(const std::string& path, bool quick) {
   Report report(path);
-  linear_against_double<__nv_bfloat16, bf16>(report, DType::kBFloat16, 3e-3);
-  linear_against_double<float, float>(report, DType::kFloat32, 2e-6);
-  constexpr int kShapes[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {257, 520}, {61, 72}, {1024, 1376}};
-  for (const auto& s : kShapes) linear_invariance<__nv_bfloat16>(report, s[0], s[1], DType::kBFloat16, false);
-  linear_invariance<__nv_bfloat16>(report, 128256, 4096, DType::kBFloat16, true);
-  linear_invariance<__nv_bfloat16>(report, 257, 61, DType::kBFloat16, false);
-  linear_invariance<float>(report, 768, 512, DType::kFloat32, false);
+  linear_against_double<__nv_bfloat16, bf16>(report, DType::kBFloat16, 3e-3, quick);
+  linear_against_double<float, float>(report, DType::kFloat32, 2e-6, quick);
+  constexpr int kShapes[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {8192, 8192},
+                                {257, 520},   {61, 72},     {1024, 1376},  {3072, 1024}};
+  for (const auto& s : kShapes)
+    if (!quick || s[0] * s[1] < 1 << 22)
+      linear_invariance<__nv_bfloat16>(report, s[0], s[1], DType::kBFloat16, false, quick);
+  if (!quick) linear_invariance<__nv_bfloat16>(report, 128256, 4096, DType::kBFloat16, true, quick);
+  linear_invariance<__nv_bfloat16>(report, 257, 61, DType::kBFloat16, false, quick);
+  linear_invariance<float>(report, 768, 512, DType::kFloat32, false, quick);
   norm_checks<__nv_bfloat16, bf16>(report, DType::kBFloat16, 1e-2);
   norm_checks<float, float>(report, DType::kFloat32, 1e-5);
   rope_checks<__nv_bfloat16, bf16>(report, DType::kBFloat16, 2e-2);
   rope_checks<float, float>(report, DType::kFloat32, 1e-5);
   silu_checks<__nv_bfloat16, bf16>(report, DType::kBFloat16, 1e-2);
   silu_checks<float, float>(report, DType::kFloat32, 1e-5);
-  sample_checks(report);
+  sample_checks(report, quick);
   quantize_checks<__nv_bfloat16, bf16>(report, DType::kBFloat16);
   quantize_checks<float, float>(report, DType::kFloat32);
   token_move_checks<__nv_bfloat16, bf16>(report, DType::kBFloat16);
@@ -620,7 +668,8 @@ int run(const std::string& path) {
 
 int main(int argc, char** argv) {
   try {
-    return vericache::bench::run(argc > 1 ? argv[1] : "");
+    const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;
+    return vericache::bench::run(argc > 1 + quick ? argv[1 + quick] : "", quick);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "dense_check: %s\n", e.what());
     return 2;

@@ -91,7 +91,8 @@ static __global__ void count_different(const uint8_t* a, const uint8_t* b, const
   for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < rows * words;
        i += int64_t(gridDim.x) * blockDim.x) {
     const int64_t row = i / words, other = map ? map[row] : row;
-    different += reinterpret_cast<const uint16_t*>(a)[i] != reinterpret_cast<const uint16_t*>(b)[other * words + i % words];
+    different +=
+        reinterpret_cast<const uint16_t*>(a)[i] != reinterpret_cast<const uint16_t*>(b)[other * words + i % words];
   }
   if (different) atomicAdd(out, different);
 }
@@ -162,8 +163,8 @@ class Report {
   void time(const std::string& name, double us, double bytes, double floor_us) {
     std::printf("time %-44s %9.2f us  %7.1f GB/s  floor %8.2f us\n", name.c_str(), us, bytes / us * 1e-3, floor_us);
     char text[256];
-    std::snprintf(text, sizeof text, "{\"name\": \"%s\", \"us\": %.3f, \"gb_s\": %.1f, \"floor_us\": %.3f}", name.c_str(),
-                  us, bytes / us * 1e-3, floor_us);
+    std::snprintf(text, sizeof text, "{\"name\": \"%s\", \"us\": %.3f, \"gb_s\": %.1f, \"floor_us\": %.3f}",
+                  name.c_str(), us, bytes / us * 1e-3, floor_us);
     entry(text);
   }
   int failures() const { return failures_; }

@@ -220,7 +220,7 @@ struct Bf16BlockHeader {
   static constexpr uint16_t kWide = 0xffff;
 };
 struct Bf16PackLayout {
-  static constexpr int kBlock = 2048, kLanes = 128, kMaxEscapes = 256;
+  static constexpr int kBlock = 2048, kLanes = 128, kMaxEscapes = 256, kRetryEscapes = 64;
   int64_t blocks, headers, planes, codes, overflow;  // count; byte offsets
   int64_t max_bytes;                                 // if every block overflows
 

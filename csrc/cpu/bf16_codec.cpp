@@ -26,33 +26,68 @@ struct CodePlace {
 };
 CodePlace code_place(int lane, int j) { return {2 * lane + j / 8, 4 * (j % 8 / 2) + 16 * (j % 2)}; }
 
+using Block = std::array<uint16_t, kBlock>;
 using Codes = std::array<uint32_t, kBlock / 8>;
+using Escapes = std::array<uint32_t, Bf16PackLayout::kMaxEscapes>;
+
+// The window just under the largest exponent.
+int base_from_top(const Block& x) {
+  int top = 0;
+  for (const uint16_t v : x)
+    if (exponent(v) < 255) top = std::max(top, exponent(v));
+  return std::max(0, top - kWindow);
+}
+
+// The base whose window holds the most elements, the highest of several.
+int best_window(const Block& x) {
+  std::array<int, 256> histogram{};
+  for (const uint16_t v : x) ++histogram[size_t(exponent(v))];
+  int best = 0, most = -1;
+  for (int base = 0; base <= 254 - kWindow; ++base) {
+    int held = 0;
+    for (int e = base + 1; e <= base + kWindow; ++e) held += histogram[size_t(e)];
+    if (held >= most) most = held, best = base;
+  }
+  return best;
+}
+
+// Returns the number of escapes; those past kMaxEscapes are only counted.
+int encode(const Block& x, int base, Codes& codes, Escapes& escapes) {
+  int count = 0;
+  codes.fill(0);
+  escapes.fill(0);
+  for (int lane = 0; lane < kLanes; ++lane)
+    for (int j = 0; j < kEach; ++j) {
+      const int position = position_of(lane, j);
+      const uint16_t v = x[size_t(position)];
+      const int e = exponent(v), code = e == 0 ? 0 : e > base && e <= base + kWindow ? e - base : kEscape;
+      const CodePlace at = code_place(lane, j);
+      codes[size_t(at.word)] |= uint32_t(code) << at.shift;
+      if (code != kEscape) continue;
+      if (count < Bf16PackLayout::kMaxEscapes) escapes[size_t(count)] = uint32_t(position) << 16 | v;
+      ++count;
+    }
+  return count;
+}
 
 void pack_page(const uint16_t* raw, uint8_t* packed, int64_t elems, const Bf16PackLayout& l, int64_t* bytes) {
   uint32_t units = 0;
   for (int64_t b = 0; b < l.blocks; ++b) {
-    std::array<uint16_t, kBlock> x{};
+    Block x{};
     std::copy_n(raw + b * kBlock, std::min<int64_t>(kBlock, elems - b * kBlock), x.begin());
-    int top = 0;
-    for (const uint16_t v : x)
-      if (exponent(v) < 255) top = std::max(top, exponent(v));
-    const int base = std::max(0, top - kWindow);
-
-    Codes codes{}, high{};
-    std::array<uint32_t, Bf16PackLayout::kMaxEscapes> escapes{};
-    int count = 0;
+    int base = base_from_top(x);
+    Codes codes, high{};
+    Escapes escapes;
+    int count = encode(x, base, codes, escapes);
+    if (count > Bf16PackLayout::kRetryEscapes) {  // a few large values have pulled the window up
+      base = best_window(x);
+      count = encode(x, base, codes, escapes);
+    }
     uint8_t* plane = packed + l.planes + b * kBlock;
     for (int lane = 0; lane < kLanes; ++lane)
       for (int j = 0; j < kEach; ++j) {
-        const int position = position_of(lane, j);
-        const uint16_t v = x[size_t(position)];
-        const int e = exponent(v), code = e == 0 ? 0 : e > base && e <= base + kWindow ? e - base : kEscape;
-        const CodePlace at = code_place(lane, j);
-        codes[size_t(at.word)] |= uint32_t(code) << at.shift;
+        const uint16_t v = x[size_t(position_of(lane, j))];
         plane[lane * kEach + j] = uint8_t(v >> 8 & 0x80) | uint8_t(v & 0x7f);
-        if (code != kEscape) continue;
-        if (count < Bf16PackLayout::kMaxEscapes) escapes[size_t(count)] = uint32_t(position) << 16 | v;
-        ++count;
       }
     uint8_t* overflow = packed + l.overflow + int64_t(units) * 16;
     Bf16BlockHeader header{units, uint16_t(count), uint16_t(base)};
@@ -91,7 +126,7 @@ void unpack_page(uint16_t* raw, const uint8_t* packed, int64_t elems, const Bf16
     std::memcpy(codes.data(), packed + l.codes + b * kCodeBytes, kCodeBytes);
     const bool wide = header.count == Bf16BlockHeader::kWide;
     if (wide) std::memcpy(high.data(), overflow, kCodeBytes);
-    std::array<uint16_t, kBlock> x;
+    Block x;
     const uint8_t* plane = packed + l.planes + b * kBlock;
     for (int lane = 0; lane < kLanes; ++lane)
       for (int j = 0; j < kEach; ++j) {
@@ -121,8 +156,8 @@ void bf16_pack(const Bf16PackParams& p) {
   const auto layout = Bf16PackLayout::make(p.elems);
   parallel_for(p.pages, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      pack_page(reinterpret_cast<const uint16_t*>(p.raw_pages[i]), reinterpret_cast<uint8_t*>(p.packed_pages[i]), p.elems,
-                layout, &p.packed_bytes[i]);
+      pack_page(reinterpret_cast<const uint16_t*>(p.raw_pages[i]), reinterpret_cast<uint8_t*>(p.packed_pages[i]),
+                p.elems, layout, &p.packed_bytes[i]);
   });
 }
 
@@ -131,8 +166,8 @@ void bf16_unpack(const Bf16PackParams& p) {
   const auto layout = Bf16PackLayout::make(p.elems);
   parallel_for(p.pages, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
-      unpack_page(reinterpret_cast<uint16_t*>(p.raw_pages[i]), reinterpret_cast<const uint8_t*>(p.packed_pages[i]), p.elems,
-                  layout);
+      unpack_page(reinterpret_cast<uint16_t*>(p.raw_pages[i]), reinterpret_cast<const uint8_t*>(p.packed_pages[i]),
+                  p.elems, layout);
   });
 }
 

@@ -46,8 +46,8 @@ void silu_mul(const SiluMulParams& p, cudaStream_t stream) {
   const DeviceInfo info = device_info();
   dispatch_element(p.dtype, [&](auto t) {
     using T = decltype(t);
-    const bool aligned = p.dim % Pack<T>::kSize == 0 && aligned16(p.out) &&
-                         rows_aligned16(p.gate_up, p.gate_up_stride_row, sizeof(T));
+    const bool aligned =
+        p.dim % Pack<T>::kSize == 0 && aligned16(p.out) && rows_aligned16(p.gate_up, p.gate_up_stride_row, sizeof(T));
     const int packs = (p.dim + Pack<T>::kSize - 1) / Pack<T>::kSize;
     LaunchShape shape;
     shape.grid = dim3(unsigned((packs + kThreads - 1) / kThreads), unsigned(std::min(p.rows, 65535)));

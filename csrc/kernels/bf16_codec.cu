@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Lossless packing of bfloat16 pages (Bf16PackLayout in params.h): pack on the way out to the host, unpack on the way in,
-// reading device memory or pinned host memory. Bit-exact for every bfloat16, NaN payloads and subnormals included.
+// Lossless packing of bfloat16 pages (Bf16PackLayout in params.h): pack on the way out to the host, unpack on the way
+// in, reading device memory or pinned host memory. Bit-exact for every bfloat16, NaN payloads and subnormals included.
 //
 // pack. Grid: one block a page, which walks its blocks of 2048 elements in order, so that the place of each block's
 // overflow, and with it every byte, is the same as on the CPU. Block: 128 threads, 16 elements each.
@@ -27,9 +27,40 @@ __device__ __forceinline__ uint32_t sign_mantissa(uint32_t pair) {
   return (pair >> 8 & 0x80 * kPair) | (pair & 0x7f * kPair);
 }
 
-__global__ void __launch_bounds__(kLanes) pack_pages(const __grid_constant__ Bf16PackParams p,
-                                                     const __grid_constant__ Bf16PackLayout l) {
-  __shared__ int warp_top[kWarps], warp_count[kWarps];
+// The base whose window holds the most elements, the highest of several. Starts and ends with a barrier.
+__device__ int best_window(const uint32_t (&pair)[8], int* histogram, int* scratch) {
+  const int lane = threadIdx.x;
+  __syncthreads();
+  histogram[lane] = histogram[lane + kLanes] = 0;
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < 8; ++i) {
+    const uint32_t e = exponents(pair[i]);
+    atomicAdd(&histogram[e & 0xffff], 1);
+    atomicAdd(&histogram[e >> 16], 1);
+  }
+  __syncthreads();
+  int best = 0;  // elements << 8 | base
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int base = lane + half * kLanes;
+    if (base > 254 - kWindow) continue;
+    int held = 0;
+    for (int e = base + 1; e <= base + kWindow; ++e) held += histogram[e];
+    best = max(best, held << 8 | base);
+  }
+  best = __reduce_max_sync(0xffffffffu, best);
+  if (lane % 32 == 0) scratch[lane / 32] = best;
+  __syncthreads();
+#pragma unroll
+  for (int w = 0; w < kWarps; ++w) best = max(best, scratch[w]);
+  __syncthreads();
+  return best & 0xff;
+}
+
+__global__ void __launch_bounds__(kLanes)
+    pack_pages(const __grid_constant__ Bf16PackParams p, const __grid_constant__ Bf16PackLayout l) {
+  __shared__ int warp_top[kWarps], warp_count[kWarps], histogram[256];
   wait_for_previous_kernel();
   let_next_kernel_start();
   const auto* raw = reinterpret_cast<const uint16_t*>(p.raw_pages[blockIdx.x]);
@@ -57,31 +88,40 @@ __global__ void __launch_bounds__(kLanes) pack_pages(const __grid_constant__ Bf1
     __syncthreads();
 #pragma unroll
     for (int w = 0; w < kWarps; ++w) top = max(top, warp_top[w]);
-    const int base = max(0, top - kWindow);
+    int base = max(0, top - kWindow);
 
-    uint32_t code[2] = {0, 0}, escaped = 0;  // bit j: element j of the 16
+    uint32_t code[2], escaped;  // bit j: element j of the 16
+    int count, before;          // escapes of the block, and of the lanes before this one
+    const auto encode = [&] {
+      code[0] = code[1] = escaped = 0;
 #pragma unroll
-    for (int j = 0; j < 16; ++j) {
-      const int e = int(pair[j / 2] >> (j % 2 * 16 + 7) & 0xff);
-      const uint32_t c = e == 0 ? 0 : e > base && e <= base + kWindow ? uint32_t(e - base) : kEscape;
-      code[j / 8] |= c << (4 * (j % 8 / 2) + 16 * (j % 2));
-      escaped |= uint32_t(c == kEscape) << j;
-    }
-    const int own = __popc(escaped);
-    int before = own;  // inclusive scan over the warp
+      for (int j = 0; j < 16; ++j) {
+        const int e = int(pair[j / 2] >> (j % 2 * 16 + 7) & 0xff);
+        const uint32_t c = e == 0 ? 0 : e > base && e <= base + kWindow ? uint32_t(e - base) : kEscape;
+        code[j / 8] |= c << (4 * (j % 8 / 2) + 16 * (j % 2));
+        escaped |= uint32_t(c == kEscape) << j;
+      }
+      const int own = __popc(escaped);
+      before = own;  // inclusive scan over the warp
 #pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_up_sync(0xffffffffu, before, step);
-      if (lane % 32 >= step) before += other;
-    }
-    if (lane % 32 == 31) warp_count[warp] = before;
-    __syncthreads();
-    int count = 0;
-    before -= own;
+      for (int step = 1; step < 32; step *= 2) {
+        const int other = __shfl_up_sync(0xffffffffu, before, step);
+        if (lane % 32 >= step) before += other;
+      }
+      if (lane % 32 == 31) warp_count[warp] = before;
+      __syncthreads();
+      count = 0;
+      before -= own;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) {
-      if (w < warp) before += warp_count[w];
-      count += warp_count[w];
+      for (int w = 0; w < kWarps; ++w) {
+        if (w < warp) before += warp_count[w];
+        count += warp_count[w];
+      }
+    };
+    encode();
+    if (count > Bf16PackLayout::kRetryEscapes) {  // a few large values have pulled the window up
+      base = best_window(pair, histogram, warp_top);
+      encode();
     }
 
     auto* overflow = reinterpret_cast<uint32_t*>(packed + l.overflow + int64_t(units) * 16);
@@ -116,7 +156,8 @@ __global__ void __launch_bounds__(kLanes) pack_pages(const __grid_constant__ Bf1
 #pragma unroll
     for (int i = 0; i < 4; ++i)
       plane[i] = __byte_perm(sign_mantissa(pair[2 * i]), sign_mantissa(pair[2 * i + 1]), 0x6420);
-    reinterpret_cast<uint4*>(packed + l.planes + int64_t(b) * kBlock)[lane] = make_uint4(plane[0], plane[1], plane[2], plane[3]);
+    reinterpret_cast<uint4*>(packed + l.planes + int64_t(b) * kBlock)[lane] =
+        make_uint4(plane[0], plane[1], plane[2], plane[3]);
     reinterpret_cast<uint2*>(packed + l.codes + int64_t(b) * kCodeBytes)[lane] = make_uint2(code[0], code[1]);
     if (lane == 0) reinterpret_cast<Bf16BlockHeader*>(packed + l.headers)[b] = header;
   }
@@ -142,8 +183,8 @@ struct Packed {
   Bf16BlockHeader header;
 };
 
-__global__ void __launch_bounds__(kLanes) unpack_pages(const __grid_constant__ Bf16PackParams p,
-                                                       const __grid_constant__ Bf16PackLayout l, uint32_t total) {
+__global__ void __launch_bounds__(kLanes)
+    unpack_pages(const __grid_constant__ Bf16PackParams p, const __grid_constant__ Bf16PackLayout l, uint32_t total) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int lane = threadIdx.x;
@@ -236,7 +277,8 @@ void bf16_unpack(const Bf16PackParams& p, cudaStream_t stream) {
   if (p.pages <= 0 || p.elems <= 0) return;
   const auto layout = Bf16PackLayout::make(p.elems);
   const int64_t total = layout.blocks * p.pages;
-  VC_CHECK(total <= INT32_MAX, "bf16_unpack: ", p.pages, " pages of ", p.elems, " elements in one call; split the call.");
+  VC_CHECK(total <= INT32_MAX, "bf16_unpack: ", p.pages, " pages of ", p.elems,
+           " elements in one call; split the call.");
   const int64_t most = p.max_blocks > 0 ? p.max_blocks : int64_t(1) << 30;
   LaunchShape shape;
   shape.grid = dim3(unsigned(std::min((total + kUnroll - 1) / kUnroll, most)));

@@ -32,31 +32,38 @@ void linear_simple(const LinearParams& p, const DeviceInfo& info, cudaStream_t s
 
 namespace {
 
-constexpr int kStageK = 64;                   // k a stage: 128 bytes a row, 8 chunks of 16
+constexpr int kStageK = 64;  // k a stage: 128 bytes a row, 8 chunks of 16
 constexpr int kRowBytes = kStageK * 2;
 constexpr int kMaxStages = 8;
-constexpr int kStagePad = 4;                  // floats after each token of a float32 tile: no bank conflicts
-constexpr int kSplitSmem = 113 * 1024;        // two blocks of a split kernel fit a multiprocessor: see launch_tiles
+constexpr int kStagePad = 4;            // floats after each token of a float32 tile: no bank conflicts
+constexpr int kSplitSmem = 113 * 1024;  // two blocks of a split kernel fit a multiprocessor: see launch_tiles
 constexpr int kMaxTokenTile = 64;
 
 struct TileArgs {
   LinearParams p;
   LinearPlan plan;
   int token_blocks;
-  int items;   // tiles * token_blocks; token block fastest, so that blocks that run together share their w
+  int items;  // tiles * token_blocks; token block fastest, so that blocks that run together share their w
   int stages;
-  bool wide;   // bias, residual and out can be accessed 4 elements at a time
+  bool wide;  // bias, residual and out can be accessed 4 elements at a time
 };
 
 __device__ __forceinline__ void wait_stages(int pending) {
   switch (pending) {
-    case 0: return cp_async_wait<0>();
-    case 1: return cp_async_wait<1>();
-    case 2: return cp_async_wait<2>();
-    case 3: return cp_async_wait<3>();
-    case 4: return cp_async_wait<4>();
-    case 5: return cp_async_wait<5>();
-    default: return cp_async_wait<6>();
+    case 0:
+      return cp_async_wait<0>();
+    case 1:
+      return cp_async_wait<1>();
+    case 2:
+      return cp_async_wait<2>();
+    case 3:
+      return cp_async_wait<3>();
+    case 4:
+      return cp_async_wait<4>();
+    case 5:
+      return cp_async_wait<5>();
+    default:
+      return cp_async_wait<6>();
   }
 }
 
@@ -113,8 +120,16 @@ struct Loader {
 
   __device__ Loader(const TileArgs& a, uint32_t ring, int stage, int w, int begin, int end, int first_item, int step,
                     int stages)
-      : args(a), smem(ring), stage_bytes(stage), w_bytes(w), k_begin(begin), k_end(end), item_step(step),
-        item(first_item), kb(begin), left(stages) {
+      : args(a),
+        smem(ring),
+        stage_bytes(stage),
+        w_bytes(w),
+        k_begin(begin),
+        k_end(end),
+        item_step(step),
+        item(first_item),
+        kb(begin),
+        left(stages) {
     locate();
   }
 
@@ -268,8 +283,7 @@ __device__ void store_tile(const TileArgs& args, const float (&acc)[2][kTokenTil
     for (int half = 0; half < 2; ++half) {
       const int token = lane / 8 + 4 * half;
       const float4 sum = *reinterpret_cast<const float4*>(patch + token * kPitch + lane % 8 * 4);
-      if (token0 + tile * 8 + token < args.p.rows && n < args.p.n)
-        finish4(args, token0 + tile * 8 + token, n, sum);
+      if (token0 + tile * 8 + token < args.p.rows && n < args.p.n) finish4(args, token0 + tile * 8 + token, n, sum);
     }
     __syncwarp();
   }
@@ -395,8 +409,8 @@ void linear(const LinearParams& p, cudaStream_t stream) {
   const DeviceInfo info = device_info();
   if (p.dtype == DType::kFloat32 || p.k % 8 != 0 || p.k == 0) return linear_simple(p, info, stream);
   // Another kernel for an unaligned x would be another order of addition for the same product.
-  VC_CHECK(rows_aligned16(p.x, p.x_stride_row, 2) && aligned16(p.w),
-           "linear: the rows of x (stride ", p.x_stride_row, " elements) and w must start at multiples of 16 bytes; make "
+  VC_CHECK(rows_aligned16(p.x, p.x_stride_row, 2) && aligned16(p.w), "linear: the rows of x (stride ", p.x_stride_row,
+           " elements) and w must start at multiples of 16 bytes; make "
            "them contiguous.");
   TileArgs args{};
   args.p = p;

@@ -18,10 +18,9 @@ struct LinearPlan {
   constexpr int part_begin(int i) const { return int(int64_t(k_stages) * i / splits); }
 };
 
-// Picks the cut with the least to move for the busiest multiprocessor. The number of multiprocessors is a constant, that
-// of an H100 or H200, and not the device's: bits must not depend on it.
-// Cost of a block, in bytes, at 64 rows of x: its w, its x (which comes from the L2), and for a split tile the float32
-// partials written and read.
+// Picks the cut with the least to move for the busiest multiprocessor. The number of multiprocessors is a constant,
+// that of an H100 or H200, and not the device's: bits must not depend on it. Cost of a block, in bytes, at 64 rows of
+// x: its w, its x (which comes from the L2), and for a split tile the float32 partials written and read.
 constexpr LinearPlan linear_plan(int n, int k, bool clusters) {
   constexpr int kMultiprocessors = 132, kTokens = 64;
   LinearPlan best{};
@@ -34,8 +33,8 @@ constexpr LinearPlan linear_plan(int n, int k, bool clusters) {
       if (splits > 1 && warps > 6) continue;  // two blocks a multiprocessor and three stages each: kSplitSmem
       const int64_t waves = (int64_t(plan.tiles) * splits + kMultiprocessors - 1) / kMultiprocessors;
       const int64_t part = (plan.k_stages + splits - 1) / splits;
-      const int64_t bytes = (plan.tile_rows() + kTokens) * part * 128 +
-                            (splits > 1 ? int64_t(plan.tile_rows()) * kTokens * 8 : 0);
+      const int64_t bytes =
+          (plan.tile_rows() + kTokens) * part * 128 + (splits > 1 ? int64_t(plan.tile_rows()) * kTokens * 8 : 0);
       if (waves * bytes < best_cost) {
         best_cost = waves * bytes;
         best = plan;

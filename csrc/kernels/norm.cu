@@ -83,8 +83,8 @@ template <class T>
 void launch_norm(const RmsNormParams& p, cudaStream_t stream) {
   const int packs = (p.dim + Pack<T>::kSize - 1) / Pack<T>::kSize;
   const int each = (packs + kMaxThreads - 1) / kMaxThreads;
-  VC_CHECK(each <= kMaxPacks, "rms_norm: dim is ", p.dim, "; at most ", kMaxPacks * kMaxThreads * Pack<T>::kSize, " for ",
-           sizeof(T), "-byte elements.");
+  VC_CHECK(each <= kMaxPacks, "rms_norm: dim is ", p.dim, "; at most ", kMaxPacks * kMaxThreads * Pack<T>::kSize,
+           " for ", sizeof(T), "-byte elements.");
   const bool aligned = rows_aligned16(p.x, p.x_stride_row, sizeof(T)) && aligned16(p.weight) &&
                        rows_aligned16(p.out, p.dim, sizeof(T)) &&
                        (p.residual == nullptr || (rows_aligned16(p.residual, p.residual_stride_row, sizeof(T)) &&
@@ -94,9 +94,12 @@ void launch_norm(const RmsNormParams& p, cudaStream_t stream) {
   shape.block = dim3(unsigned((packs + each - 1) / each + 31) / 32 * 32);
   const DeviceInfo info = device_info();
   switch (each) {
-    case 1: return launch(norm_rows<T, 1>, shape, info, stream, p, aligned);
-    case 2: return launch(norm_rows<T, 2>, shape, info, stream, p, aligned);
-    default: return launch(norm_rows<T, kMaxPacks>, shape, info, stream, p, aligned);
+    case 1:
+      return launch(norm_rows<T, 1>, shape, info, stream, p, aligned);
+    case 2:
+      return launch(norm_rows<T, 2>, shape, info, stream, p, aligned);
+    default:
+      return launch(norm_rows<T, kMaxPacks>, shape, info, stream, p, aligned);
   }
 }
 

@@ -124,8 +124,8 @@ struct Place {
 };
 
 template <class T, int kBits>
-__global__ void __launch_bounds__(kThreads) quantize_pages(const __grid_constant__ QuantizeParams p,
-                                                           const __grid_constant__ QuantPageLayout layout) {
+__global__ void __launch_bounds__(kThreads)
+    quantize_pages(const __grid_constant__ QuantizeParams p, const __grid_constant__ QuantPageLayout layout) {
   extern __shared__ __align__(16) uint8_t smem[];
   wait_for_previous_kernel();
   let_next_kernel_start();
@@ -203,8 +203,8 @@ __global__ void __launch_bounds__(kThreads) quantize_pages(const __grid_constant
 }
 
 template <class T, int kBits>
-__global__ void __launch_bounds__(kThreads) dequantize_pages(const __grid_constant__ QuantizeParams p,
-                                                             const __grid_constant__ QuantPageLayout layout) {
+__global__ void __launch_bounds__(kThreads)
+    dequantize_pages(const __grid_constant__ QuantizeParams p, const __grid_constant__ QuantPageLayout layout) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const Place at(p);
@@ -239,9 +239,10 @@ void check(const char* op, const QuantizeParams& p) {
   VC_CHECK(p.bits == 2 || p.bits == 4 || p.bits == 8, op, ": bits is ", p.bits, "; it must be 2, 4 or 8.");
   VC_CHECK(p.head_dim % kPack == 0 && p.head_dim > 0 && p.head_dim <= kMaxHeadDim, op, ": head_dim is ", p.head_dim,
            "; it must be a multiple of ", kPack, " and at most ", kMaxHeadDim, ".");
-  VC_CHECK(p.group >= kPack && (p.group & (p.group - 1)) == 0 && p.head_dim % p.group == 0 && p.page_size % p.group == 0,
-           op, ": group is ", p.group, "; it must be a power of two of at least ", kPack, " that divides head_dim ",
-           p.head_dim, " and page_size ", p.page_size, ".");
+  VC_CHECK(
+      p.group >= kPack && (p.group & (p.group - 1)) == 0 && p.head_dim % p.group == 0 && p.page_size % p.group == 0, op,
+      ": group is ", p.group, "; it must be a power of two of at least ", kPack, " that divides head_dim ", p.head_dim,
+      " and page_size ", p.page_size, ".");
   const int64_t blocks = int64_t(p.pages) * p.kv_heads * (p.page_size / p.group);
   VC_CHECK(blocks <= INT32_MAX, op, ": ", p.pages, " pages in one call are too many; split the call.");
 }
@@ -266,9 +267,12 @@ void run(const char* op, const QuantizeParams& p, bool quantize, cudaStream_t st
   check(op, p);
   dispatch_element(p.dtype, [&](auto t) {
     switch (p.bits) {
-      case 8: return launch_pages<decltype(t), 8>(p, quantize, stream);
-      case 4: return launch_pages<decltype(t), 4>(p, quantize, stream);
-      default: return launch_pages<decltype(t), 2>(p, quantize, stream);
+      case 8:
+        return launch_pages<decltype(t), 8>(p, quantize, stream);
+      case 4:
+        return launch_pages<decltype(t), 4>(p, quantize, stream);
+      default:
+        return launch_pages<decltype(t), 2>(p, quantize, stream);
     }
   });
 }

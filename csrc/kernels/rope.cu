@@ -113,7 +113,8 @@ void rope_write(const RopeWriteParams& p, cudaStream_t stream) {
   VC_CHECK(p.head_dim % 2 == 0 && p.head_dim > 0 && p.head_dim <= 256, "rope_write: head_dim is ", p.head_dim,
            "; it must be even and at most 256.");
   const int half = p.head_dim / 2, pairs = half <= 32 ? 1 : half <= 64 ? 2 : 4;
-  VC_CHECK(half % pairs == 0, "rope_write: head_dim is ", p.head_dim, "; above 64 it must be a multiple of 4, above 128 of "
+  VC_CHECK(half % pairs == 0, "rope_write: head_dim is ", p.head_dim,
+           "; above 64 it must be a multiple of 4, above 128 of "
            "8.");
   const DeviceInfo info = device_info();
   LaunchShape shape;
@@ -128,9 +129,12 @@ void rope_write(const RopeWriteParams& p, cudaStream_t stream) {
              "rope_write: qkv, the norm weights, cos, sin and q_out must start at multiples of ", pairs,
              " elements; make them contiguous.");
     switch (pairs) {
-      case 1: return launch(rope_rows<T, 1>, shape, info, stream, p);
-      case 2: return launch(rope_rows<T, 2>, shape, info, stream, p);
-      default: return launch(rope_rows<T, 4>, shape, info, stream, p);
+      case 1:
+        return launch(rope_rows<T, 1>, shape, info, stream, p);
+      case 2:
+        return launch(rope_rows<T, 2>, shape, info, stream, p);
+      default:
+        return launch(rope_rows<T, 4>, shape, info, stream, p);
     }
   });
 }

@@ -11,9 +11,9 @@
 // bits a pass, by count (top-k) or by mass (top-p). Masses exp(value - largest) are integers in units of 2^-36: their
 // sums do not depend on the order of the atomics.
 //
-// Reduction order (R1): the log-softmax's sum is a running one a thread (quads tid, tid + 512, ... of the block's part),
-// then the butterflies of device/reduce.cuh, then the blocks left to right; it depends on the vocabulary alone. All else
-// is integers, maxima and comparisons. Held by bench/gpu/dense_check.cu (sample).
+// Reduction order (R1): the log-softmax's sum is a running one a thread (quads tid, tid + 512, ... of the block's
+// part), then the butterflies of device/reduce.cuh, then the blocks left to right; it depends on the vocabulary alone.
+// All else is integers, maxima and comparisons. Held by bench/gpu/dense_check.cu (sample).
 #include <cfloat>
 #include <cmath>
 
@@ -141,7 +141,7 @@ class RowSampler {
   // f(value, index) for logit / temperature of each entry not yet cut off
   template <class F>
   __device__ __forceinline__ void each_kept(F f) const {
-    each_quad([&](const float(&x)[4], int first, int count) {
+    each_quad([&](const float (&x)[4], int first, int count) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float value = x[i] / temperature_;
@@ -197,7 +197,7 @@ class RowSampler {
     float largest = -INFINITY, sum = 0.0f;
     Best best{-INFINITY, -1};
     bool nan = false;
-    each_quad([&](const float(&x)[4], int first, int count) {
+    each_quad([&](const float (&x)[4], int first, int count) {
       float top = largest;
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -364,7 +364,7 @@ class RowSampler {
     // A good first score lets the bound below skip most of the vocabulary.
     if (place(largest_, argmax_) >= cut_)
       best.offer(largest_ + gumbel(philox4x32(uint32_t(argmax_) / 4, position, key0, key1)[argmax_ % 4]), argmax_);
-    each_quad([&](const float(&x)[4], int first, int count) {
+    each_quad([&](const float (&x)[4], int first, int count) {
       float value[4];
       bool possible = false;
 #pragma unroll
@@ -388,8 +388,7 @@ class RowSampler {
     });
     best = block_best(best);
     Best all{-INFINITY, -1};
-    exchange(Message{0.0f, 0.0f, best.score, best.index, 0, 0},
-             [&](const Message& m) { all.offer(m.score, m.index); });
+    exchange(Message{0.0f, 0.0f, best.score, best.index, 0, 0}, [&](const Message& m) { all.offer(m.score, m.index); });
     return all.index;
   }
 
@@ -436,8 +435,8 @@ void sample(const SampleParams& p, cudaStream_t stream) {
   shape.block = dim3(kThreads);
   shape.smem = sizeof(Shared);
   shape.cluster = blocks;
-  VC_CHECK(int(shape.smem) <= info.smem_optin, "sample: needs ", shape.smem, " bytes of shared memory a block, this GPU has ",
-           info.smem_optin, ".");
+  VC_CHECK(int(shape.smem) <= info.smem_optin, "sample: needs ", shape.smem,
+           " bytes of shared memory a block, this GPU has ", info.smem_optin, ".");
   allow_all_smem<sample_rows>(info);
   launch(sample_rows, shape, info, stream, p, blocks);
 }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Copies K and V rows between full pages and head pages. Bytes move; no value is looked at.
 //
-// Grid: (ceil(capacity * vectors of a row / 256), kv_heads), a vector being 16 bytes. Block: 256 threads, one vector of K
-// and the same one of V each, both asked for before either is written.
+// Grid: (ceil(capacity * vectors of a row / 256), kv_heads), a vector being 16 bytes. Block: 256 threads, one vector of
+// K and the same one of V each, both asked for before either is written.
 #include "common/types.h"
 #include "device/launch.cuh"
 #include "launchers.h"

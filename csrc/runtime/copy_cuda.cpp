@@ -78,8 +78,7 @@ class CudaBackend final : public CopyBackend {
     for (const EventPtr& event : job.before) event->block_stream(handle);
     // Orders another direction's copy (say, the page's way to the host) before this one.
     if (job.after_copy) {
-      VC_CHECK(job.after_copy->poll() != Event::State::kFailed,
-               "the copy it follows failed: ", job.after_copy->reason());
+      VC_CHECK(!job.after_copy->failing(), "the copy it follows failed: ", job.after_copy->reason());
       job.after_copy->block_stream(handle);
     }
     VC_CHECK(job.failure.empty(), job.failure);

@@ -51,14 +51,34 @@ _references: dict[tuple[object, ...], reference.ReferenceOutput] = {}
 def expected(model: CausalLM, arrival: Arrival, chunk: int) -> reference.ReferenceOutput:
     """The reference's answer, computed once for each (model, prompt, parameters, chunk)."""
     p = arrival.params
-    key = (id(model), arrival.prompt, p.max_tokens, p.temperature, p.top_k, p.top_p, p.min_p, p.seed,
-           p.stop_token_ids, p.ignore_eos, chunk)  # fmt: skip
+    key = (
+        id(model),
+        arrival.prompt,
+        p.max_tokens,
+        p.temperature,
+        p.top_k,
+        p.top_p,
+        p.min_p,
+        p.seed,
+        p.stop_token_ids,
+        p.ignore_eos,
+        chunk,
+    )
     if key not in _references:
         _references[key] = reference.generate(
-            model, list(arrival.prompt), max_tokens=p.max_tokens, temperature=p.temperature, top_k=p.top_k,
-            top_p=p.top_p, min_p=p.min_p, seed=p.seed, stop_token_ids=p.stop_token_ids, ignore_eos=p.ignore_eos,
-            prefill_chunk=chunk, keep_logits=True,
-        )  # fmt: skip
+            model,
+            list(arrival.prompt),
+            max_tokens=p.max_tokens,
+            temperature=p.temperature,
+            top_k=p.top_k,
+            top_p=p.top_p,
+            min_p=p.min_p,
+            seed=p.seed,
+            stop_token_ids=p.stop_token_ids,
+            ignore_eos=p.ignore_eos,
+            prefill_chunk=chunk,
+            keep_logits=True,
+        )
     return _references[key]
 
 
@@ -81,7 +101,8 @@ def difference(output: RequestOutput, truth: reference.ReferenceOutput) -> str |
     if output.finish_reason == "cancelled":
         return None if len(ours) <= len(theirs) else f"{len(ours)} tokens, the reference stops at {len(theirs)}"
     if len(ours) != len(theirs) or output.finish_reason != truth.finish_reason:
-        return f"{len(ours)} tokens ({output.finish_reason}, {output.error}) instead of {len(theirs)} ({truth.finish_reason})"
+        ended = f"{len(ours)} tokens ({output.finish_reason}, {output.error})"
+        return f"{ended} instead of {len(theirs)} ({truth.finish_reason})"
     return None
 
 
@@ -94,7 +115,9 @@ def row_difference(ours: Tensor, theirs: Tensor) -> str | None:
     return f"entry {at} is {ours[at]:.9g} instead of {theirs[at]:.9g} ({len(differs)} of {len(ours)} differ)"
 
 
-def check(model: CausalLM, config: EngineConfig, arrivals: Sequence[Arrival], engine: Engine | None = None) -> list[RequestOutput]:
+def check(
+    model: CausalLM, config: EngineConfig, arrivals: Sequence[Arrival], engine: Engine | None = None
+) -> list[RequestOutput]:
     """Run a scenario in an engine (a new one unless given) and assert C1 and C2 for every request."""
     engine = engine or Engine(model, config)
     outputs = run(engine, arrivals)

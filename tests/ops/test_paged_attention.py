@@ -165,20 +165,21 @@ def test_page_placement_and_size_change_no_bit(device, dtype):
             assert_same_bits(got, want, f"page_size {page_size}")
 
 
-@pytest.mark.parametrize("rows", [1, 3, 150])
-def test_thread_count_changes_no_bit(rows):
-    # 1 and 3 rows share out the splits of a block and keep their states; 150 rows have blocks enough.
-    request = Request(6000, list(range(6000 - rows, 6000)), 8, 2, 64, torch.bfloat16)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_threads_and_long_contexts_change_no_bit(dtype):
+    # A few rows share out the splits of a block among the threads and keep their states; 150 rows have blocks enough to
+    # merge as they go.
+    request = Request(6000, list(range(5850, 6000)), dtype=dtype)
     before = ops.num_threads()
     try:
-        results = []
+        whole = attend([request])
         for threads in (1, 2, 3, 7):
             ops.set_num_threads(threads)
-            results.append(attend([request]))
+            for first in (149, 147, 0):
+                got = attend([request], rows=slice(first, 150))
+                assert_same_bits(got, whole[first:], f"{150 - first} rows, {threads} threads")
     finally:
         ops.set_num_threads(before)
-    for got in results[1:]:
-        assert_same_bits(got, results[0], "threads")
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -119,9 +119,7 @@ def test_reserve_grows_ahead() -> None:
 
 def test_errors_name_the_numbers() -> None:
     pool = HostPool(capacity=2 * BLOCK, block_bytes=BLOCK)
-    with pytest.raises(
-        CapacityError, match=f"{2 * BLOCK + 1} bytes can never fit .* capacity of {2 * BLOCK}"
-    ):
+    with pytest.raises(CapacityError, match=f"{2 * BLOCK + 1} bytes can never fit .* capacity of {2 * BLOCK}"):
         pool.allocate(2 * BLOCK + 1)
     kept = pool.allocate(BLOCK + 1)
     with pytest.raises(CapacityError, match=f"{BLOCK} bytes does not fit: {BLOCK + PAGE} bytes are in use"):

@@ -98,8 +98,13 @@ class KeptDraft(DraftCache):
         pages, table = self._head_pages(self._dropped_host[layer])
         nbytes = self._residual_bytes(layer)
         if nbytes:
-            self._move(ops.gather_tokens, slab.addresses(0, slab.pages), table,
-                       self._dropped[layer], self._dropped_counts[layer])  # fmt: skip
+            self._move(
+                ops.gather_tokens,
+                slab.addresses(0, slab.pages),
+                table,
+                self._dropped[layer],
+                self._dropped_counts[layer],
+            )
         return pages, pages.data_ptr(), nbytes
 
     def slot_bytes(self, layer: int, stored: int) -> int:
@@ -112,13 +117,18 @@ class KeptDraft(DraftCache):
         if len(pages):
             if stored:
                 table = _head_table(slot, self._dropped_host[layer], g)
-                self._move(ops.scatter_tokens, pages, torch.from_numpy(table).to(g.device),
-                           self._dropped[layer], self._dropped_counts[layer])  # fmt: skip
+                self._move(
+                    ops.scatter_tokens,
+                    pages,
+                    torch.from_numpy(table).to(g.device),
+                    self._dropped[layer],
+                    self._dropped_counts[layer],
+                )
             self._move(ops.scatter_tokens, pages, self._table[layer], self._positions[layer], self._counts[layer])
         return pages
 
     def tables(self, width: int) -> tuple[Tensor, Tensor]:
-        """Head-page tables of all layers, padded: int64 [layers, kv_heads, width], and lengths int32 [layers, kv_heads]."""
+        """All layers' head-page tables, int64 [layers, kv_heads, width], and lengths, int32 [layers, kv_heads]."""
         g = self.geometry
         out = torch.zeros(g.layers, g.kv_heads, width, dtype=torch.int64, device=g.device)
         for layer, table in enumerate(self._table):
@@ -218,10 +228,16 @@ class QuantDraft(DraftCache):
     def _quantize(self, full: np.ndarray, quant: np.ndarray) -> None:
         if len(full):
             g = self.geometry
-            ops.kv_quantize(torch.from_numpy(np.ascontiguousarray(full)).to(g.device),
-                            torch.from_numpy(np.ascontiguousarray(quant)).to(g.device), self._like,
-                            kv_heads=g.kv_heads, head_dim=g.head_dim, page_size=g.page_size,
-                            bits=self.bits, group=self.group)  # fmt: skip
+            ops.kv_quantize(
+                torch.from_numpy(np.ascontiguousarray(full)).to(g.device),
+                torch.from_numpy(np.ascontiguousarray(quant)).to(g.device),
+                self._like,
+                kv_heads=g.kv_heads,
+                head_dim=g.head_dim,
+                page_size=g.page_size,
+                bits=self.bits,
+                group=self.group,
+            )
 
 
 def quant_page_bytes(geometry: KVGeometry, bits: int, group: int) -> int:

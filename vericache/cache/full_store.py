@@ -46,8 +46,10 @@ class HostKV:
                 continue
             offset = self._used[layer]
             if offset + nbytes > self._capacity[layer]:
-                raise AssertionError(f"host extent of layer {layer} holds {self._capacity[layer]} bytes, "
-                                     f"asked to append {nbytes} at {offset}")  # fmt: skip
+                raise AssertionError(
+                    f"host extent of layer {layer} holds {self._capacity[layer]} bytes, "
+                    f"asked to append {nbytes} at {offset}"
+                )
             rows.append((source, self._extent[layer] + offset, nbytes))
             self._used[layer] = offset + nbytes
             self.stored_bytes += nbytes

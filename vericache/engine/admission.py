@@ -20,8 +20,17 @@ ENGINE = -1  # the ledger's owner of weights and staging
 class Admission:
     """Holds the two ledgers (device, host) and turns a waiting request into one with memory."""
 
-    def __init__(self, geometry: KVGeometry, model: ModelConfig, compressor: Compressor, config: EngineConfig,
-                 weight_bytes: int, pool: _C.HostPool, copies: _C.CopyEngine, host_budget: int) -> None:  # fmt: skip
+    def __init__(
+        self,
+        geometry: KVGeometry,
+        model: ModelConfig,
+        compressor: Compressor,
+        config: EngineConfig,
+        weight_bytes: int,
+        pool: _C.HostPool,
+        copies: _C.CopyEngine,
+        host_budget: int,
+    ) -> None:
         self.geometry, self.compressor, self.config = geometry, compressor, config
         self.model = model
         self._pool, self._copies = pool, copies
@@ -29,12 +38,16 @@ class Admission:
         self.ledger = _C.MemoryLedger(budget)
         self.host = _C.MemoryLedger(host_budget)
         if not self.ledger.try_reserve(ENGINE, "weights", weight_bytes):
-            raise CapacityError(f"the weights take {human(weight_bytes)} and memory_budget is {human(budget)}; "
-                                f"raise memory_budget above the weights")  # fmt: skip
+            raise CapacityError(
+                f"the weights take {human(weight_bytes)} and memory_budget is {human(budget)}; "
+                f"raise memory_budget above the weights"
+            )
         self.staging_bytes = self._staging() if config.mode in ("vericache", "auto") else 0
         if self.staging_bytes and not self.ledger.try_reserve(ENGINE, "staging", self.staging_bytes):
-            raise CapacityError(f"the staging ring of {human(self.staging_bytes)} does not fit beside the weights: "
-                                f"{self.ledger.describe()}; lower staging_bytes or raise memory_budget")  # fmt: skip
+            raise CapacityError(
+                f"the staging ring of {human(self.staging_bytes)} does not fit beside the weights: "
+                f"{self.ledger.describe()}; lower staging_bytes or raise memory_budget"
+            )
         self._fixed = self.ledger.used()
 
     def _staging(self) -> int:
@@ -50,8 +63,19 @@ class Admission:
     def needs(self, request: Request) -> list[Need]:
         """What the request would need, in order of preference of modes."""
         modes = {"auto": ["full", "vericache"]}.get(self.config.mode, [self.config.mode])
-        return [need(mode, self.geometry, self.model, self.compressor, self.config, request.prompt_len,
-                     request.last_position, request.draft_len) for mode in modes]  # fmt: skip
+        return [
+            need(
+                mode,
+                self.geometry,
+                self.model,
+                self.compressor,
+                self.config,
+                request.prompt_len,
+                request.last_position,
+                request.draft_len,
+            )
+            for mode in modes
+        ]
 
     def refuse_impossible(self, request: Request) -> None:
         """Raise if no mode can ever run the request, with the arithmetic.
@@ -66,11 +90,15 @@ class Admission:
     def _never(self, n: Need) -> str | None:
         budget, room = self.config.budget_bytes(), self.config.budget_bytes() - self._fixed
         if n.device > room:
-            return (f"mode {n.mode} needs {n.sentence()}, but memory_budget {human(budget)} leaves {human(room)} "
-                    f"after {self.ledger_fixed()}; raise memory_budget or shorten the request")  # fmt: skip
+            return (
+                f"mode {n.mode} needs {n.sentence()}, but memory_budget {human(budget)} leaves {human(room)} "
+                f"after {self.ledger_fixed()}; raise memory_budget or shorten the request"
+            )
         if n.slot > self.staging_bytes and n.mode == "vericache":
-            return (f"one layer of the full KV cache needs a staging slot of {human(n.slot)}, the staging ring holds "
-                    f"{human(self.staging_bytes)}; raise staging_bytes or memory_budget")  # fmt: skip
+            return (
+                f"one layer of the full KV cache needs a staging slot of {human(n.slot)}, the staging ring holds "
+                f"{human(self.staging_bytes)}; raise staging_bytes or memory_budget"
+            )
         if n.host and not self.host.would_ever_fit(n.host):
             return f"the full KV cache takes {human(n.host)} of host memory and host_budget is smaller; raise it"
         return None
@@ -90,8 +118,11 @@ class Admission:
 
     def _reserve(self, request_id: int, n: Need) -> bool:
         lasting, prefill = 2 * request_id, 2 * request_id + 1
-        wants = [(self.ledger, lasting, n.lasting), (self.ledger, prefill, n.prefill),
-                 (self.host, lasting, {"full store": n.host})]  # fmt: skip
+        wants = [
+            (self.ledger, lasting, n.lasting),
+            (self.ledger, prefill, n.prefill),
+            (self.host, lasting, {"full store": n.host}),
+        ]
         for ledger, owner, kinds in wants:
             for kind, nbytes in kinds.items():
                 if nbytes and not ledger.try_reserve(owner, kind, nbytes):
@@ -106,9 +137,17 @@ class Admission:
             request.ring = PageRing(g, g.pages(request.last_position + 1))
             return
         start = tail_start_of(request.prompt_len, self.compressor.residual_window, g.page_size)
-        request.ring = PageRing(g, tail_slots(g, self.compressor, request.prompt_len, request.last_position,
-                                              request.draft_len,
-                                              self.config.run_ahead_len(request.draft_len)))  # fmt: skip
+        request.ring = PageRing(
+            g,
+            tail_slots(
+                g,
+                self.compressor,
+                request.prompt_len,
+                request.last_position,
+                request.draft_len,
+                self.config.run_ahead_len(request.draft_len),
+            ),
+        )
         request.cache = self._draft_cache(start, request)
         if n.mode == "vericache":
             request.store = HostKV(self._pool, self._copies, g.layers)

@@ -53,10 +53,16 @@ class Engine:
         model: the model, on its device.
         config: see EngineConfig.
         decode: token ids -> text, for stop strings and texts; None: ids only.
+        copies: the copy engine; None makes one. Tests give one that delays or fails.
     """
 
-    def __init__(self, model: CausalLM, config: EngineConfig,
-                 decode: Callable[[Sequence[int]], str] | None = None) -> None:  # fmt: skip
+    def __init__(
+        self,
+        model: CausalLM,
+        config: EngineConfig,
+        decode: Callable[[Sequence[int]], str] | None = None,
+        copies: _C.CopyEngine | None = None,
+    ) -> None:
         c = model.config
         self.model, self.config = model, config
         self.compressor = parse_compressor(config.compressor)
@@ -64,16 +70,17 @@ class Engine:
             check_supported(self.compressor, c, config.page_size)
         weights = model.weights.embedding
         self.device: torch.device = weights.device
-        self.geometry = KVGeometry(c.layers, c.q_heads, c.kv_heads, c.head_dim, config.page_size,
-                                   weights.dtype, self.device)  # fmt: skip
+        self.geometry = KVGeometry(
+            c.layers, c.q_heads, c.kv_heads, c.head_dim, config.page_size, weights.dtype, self.device
+        )
         self._decode = decode
         host_budget = int(config.host_budget) if config.host_budget is not None else _C.default_host_capacity()
         self._pool = _C.HostPool(capacity=host_budget, device=self._device_index())
-        options = _C.CopyEngineOptions(delay_us_max=config.copy_delay_us,
-                                       bandwidth_bytes_per_s=config.link_bytes_per_s)  # fmt: skip
-        self._copies = _C.CopyEngine(self._device_index(), options)
-        self.admission = Admission(self.geometry, c, self.compressor, config, model.weight_bytes, self._pool,
-                                   self._copies, host_budget)  # fmt: skip
+        options = _C.CopyEngineOptions(delay_us_max=config.copy_delay_us, bandwidth_bytes_per_s=config.link_bytes_per_s)
+        self._copies = copies or _C.CopyEngine(self._device_index(), options)
+        self.admission = Admission(
+            self.geometry, c, self.compressor, config, model.weight_bytes, self._pool, self._copies, host_budget
+        )
         self._fetcher: Fetcher | None = None
         if self.admission.staging_bytes:
             ring = Fetcher.make_buffer(self.admission.staging_bytes, self.device)
@@ -100,16 +107,25 @@ class Engine:
             raise InvalidRequestError("the prompt is empty; give at least one token")
         limit = self.model.max_positions
         if len(prompt) >= limit:
-            raise InvalidRequestError(f"the prompt has {len(prompt)} tokens and the model {limit} positions, which "
-                                      f"leaves no room for a token; shorten it by {len(prompt) - limit + 1} or more"
-                                      )  # fmt: skip
+            raise InvalidRequestError(
+                f"the prompt has {len(prompt)} tokens and the model {limit} positions, which "
+                f"leaves no room for a token; shorten it by {len(prompt) - limit + 1} or more"
+            )
         bad = next((t for t in prompt if not 0 <= t < c.vocab_size), None)
         if bad is not None:
             raise InvalidRequestError(f"token id {bad} is outside the vocabulary of {c.vocab_size}")
         stop = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(c.eos_token_ids))
         max_emit = min(params.max_tokens, limit - len(prompt))
-        request = Request(self._next_id, prompt, params, params.draft_len or self.config.draft_len, max_emit, stop,
-                          self._decode, self.config.record_logits)  # fmt: skip
+        request = Request(
+            self._next_id,
+            prompt,
+            params,
+            params.draft_len or self.config.draft_len,
+            max_emit,
+            stop,
+            self._decode,
+            self.config.record_logits,
+        )
         self.admission.refuse_impossible(request)
         self._next_id += 1
         self._waiting.append(request)
@@ -128,8 +144,9 @@ class Engine:
 
     def prefill_fraction(self, request: Request) -> float:
         """Share of a request's prefill that is done, for progress displays."""
-        return next((t.fraction for t in self._prefill if t.request is request),
-                    0.0 if request.phase is Phase.WAITING else 1.0)  # fmt: skip
+        return next(
+            (t.fraction for t in self._prefill if t.request is request), 0.0 if request.phase is Phase.WAITING else 1.0
+        )
 
     def step(self) -> None:
         """One iteration; call while ``busy``."""
@@ -158,8 +175,9 @@ class Engine:
             self._waiting.pop(0)
             request.phase = Phase.PREFILL
             request.started = time.perf_counter()
-            self._prefill.append(PrefillTask(request, self.model, self.geometry, self.config.prefill_chunk,
-                                             self._stream()))  # fmt: skip
+            self._prefill.append(
+                PrefillTask(request, self.model, self.geometry, self.config.prefill_chunk, self._stream())
+            )
 
     def _step_prefill(self) -> bool:
         if not self._prefill:
@@ -211,7 +229,9 @@ class Engine:
         # The window's last position is the one that draft and verifier both feed. Once the verifier's rows are under
         # way its K and V must stay (R2), so a draft that has not fed that position by then waits for the outcome.
         exact_to = {rows.request.id: rows.task.last_position for rows in verifies if rows.task is not None}
-        direct_full, direct_lossy, drafts = [], [], []
+        direct_full: list[_Rows] = []
+        direct_lossy: list[_Rows] = []
+        drafts: list[_Rows] = []
         for request in self._running:
             if request.mode == "vericache":
                 at = request.draft_position

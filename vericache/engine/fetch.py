@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,8 +53,14 @@ class _Transfer:
 class Fetcher:
     """Moves bytes for verifications; decides nothing about what to move (the scheduler) or why (the engine)."""
 
-    def __init__(self, ring_buffer: Tensor, copies: _C.CopyEngine, max_verifying: int, device_index: int,
-                 stream: Callable[[], int]) -> None:  # fmt: skip
+    def __init__(
+        self,
+        ring_buffer: Tensor,
+        copies: _C.CopyEngine,
+        max_verifying: int,
+        device_index: int,
+        stream: Callable[[], int],
+    ) -> None:
         self._buffer = ring_buffer  # keeps the ring's memory alive
         self._ring = _C.StagingRing(ring_buffer.data_ptr(), ring_buffer.numel(), device_index)
         self._copies = copies
@@ -77,8 +84,9 @@ class Fetcher:
         request = task.request
         assert request.store is not None and request.cache is not None
         request.store.settle()  # a fetch must not overtake the stores of the pages it reads
-        sizes = [request.cache.slot_bytes(layer, request.store.used(layer))
-                 for layer in range(request.cache.geometry.layers)]  # fmt: skip
+        sizes = [
+            request.cache.slot_bytes(layer, request.store.used(layer)) for layer in range(request.cache.geometry.layers)
+        ]
         self._tasks[request.id] = task
         self._scheduler.enqueue(request.id, sizes)
 
@@ -107,10 +115,8 @@ class Fetcher:
     def wait(self) -> None:
         """Block until the oldest copy in flight is done (nothing else to do)."""
         if self._transfers:
-            try:
+            with suppress(VericacheError):  # the next pump sees the failure, with its retry
                 self._copies.wait(self._transfers[0].ticket)
-            except VericacheError:
-                return  # the next pump sees the failure, with its retry
 
     def runnable(self) -> list[tuple[Verification, int, int]]:
         """(verification, layer_lo, layer_hi): contiguous layers that have arrived and have not been run."""
@@ -130,10 +136,8 @@ class Fetcher:
         if task is None:
             return
         for transfer in [t for t in self._transfers if t.task is task]:
-            try:
+            with suppress(VericacheError):  # the request is going away; only the slot matters
                 self._copies.wait(transfer.ticket)
-            except VericacheError:
-                pass  # the request is going away; only the slot matters
             self._transfers.remove(transfer)
         for slot in task.slots.values():
             self._ring.release(slot, self._stream())
@@ -151,11 +155,11 @@ class Fetcher:
                     waiting.append(transfer)
             except VericacheError as error:
                 if transfer.attempts < RETRIES:
-                    waiting.append(self._submit(transfer.task, transfer.layer, transfer.slot,
-                                                transfer.attempts + 1))  # fmt: skip
+                    waiting.append(self._submit(transfer.task, transfer.layer, transfer.slot, transfer.attempts + 1))
                 else:
-                    failed.append((transfer.task.request, f"fetching layer {transfer.layer} failed "
-                                   f"{RETRIES} times: {error}"))  # fmt: skip
+                    failed.append(
+                        (transfer.task.request, f"fetching layer {transfer.layer} failed {RETRIES} times: {error}")
+                    )
         self._transfers = waiting
         return failed
 

@@ -54,8 +54,9 @@ def tail_start_of(prompt_len: int, residual_window: int, page_size: int) -> int:
     return max(0, prompt_len - residual_window) // page_size * page_size
 
 
-def tail_slots(geometry: KVGeometry, compressor: Compressor, prompt_len: int, last_position: int,
-               draft_len: int, run_ahead: int) -> int:  # fmt: skip
+def tail_slots(
+    geometry: KVGeometry, compressor: Compressor, prompt_len: int, last_position: int, draft_len: int, run_ahead: int
+) -> int:
     """Pages a layer's tail ring needs.
 
     A cache that verified pages never leave for needs them all. Otherwise the tail spans the residual window, the
@@ -70,8 +71,16 @@ def tail_slots(geometry: KVGeometry, compressor: Compressor, prompt_len: int, la
     return min(to_end, geometry.pages(span) + 1)
 
 
-def need(mode: str, geometry: KVGeometry, model: ModelConfig, compressor: Compressor, config: EngineConfig,
-         prompt_len: int, last_position: int, draft_len: int) -> Need:  # fmt: skip
+def need(
+    mode: str,
+    geometry: KVGeometry,
+    model: ModelConfig,
+    compressor: Compressor,
+    config: EngineConfig,
+    prompt_len: int,
+    last_position: int,
+    draft_len: int,
+) -> Need:
     """What a request of this length needs in ``mode`` (``full``, ``lossy`` or ``vericache``)."""
     g = geometry
     hidden = prompt_len * model.hidden_size * g.elem

@@ -7,6 +7,8 @@ each is its own forward call (R3), so the bits are those of chunk-major prefill.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ class _WindowQueries:
         self.write_pages = view.write_pages
         self.queries: Tensor | None = None
 
-    def attend(self, layer: int, q: Tensor, active: list[int]) -> Tensor:
+    def attend(self, layer: int, q: Tensor, active: Sequence[int]) -> Tensor:
         """See KVView."""
         self.queries = q[self._first_row :].clone()
         return self._view.attend(layer, q, active)
@@ -110,8 +112,9 @@ class PrefillTask:
         assert request.ring is not None
         queries = torch.cat(self._queries) if self._queries else None
         self._queries.clear()
-        request.cache.build_layer(self._layer, self._slab, request.prompt_len,
-                                  LayerEvidence(self._layer, queries, request.params.seed))  # fmt: skip
+        request.cache.build_layer(
+            self._layer, self._slab, request.prompt_len, LayerEvidence(self._layer, queries, request.params.seed)
+        )
         if request.store is not None:
             self._offload(request.cache, request.store)
         self._fill_tail(request.cache, request.ring)

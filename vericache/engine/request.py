@@ -32,9 +32,17 @@ class Request:
     tokens beyond ``tokens``; the draft cursor is ``verified + len(draft)``.
     """
 
-    def __init__(self, request_id: int, prompt: Sequence[int], params: SamplingParams, draft_len: int,
-                 max_emit: int, stop_ids: frozenset[int], decode: Callable[[Sequence[int]], str] | None,
-                 record_logits: bool) -> None:  # fmt: skip
+    def __init__(
+        self,
+        request_id: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        draft_len: int,
+        max_emit: int,
+        stop_ids: frozenset[int],
+        decode: Callable[[Sequence[int]], str] | None,
+        record_logits: bool,
+    ) -> None:
         self.id = request_id
         self.prompt_len = len(prompt)
         self.params = params

@@ -12,7 +12,9 @@ from vericache import ops
 from vericache.config import SamplingParams
 
 
-def sample_rows(logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]) -> tuple[list[int], list[float]]:
+def sample_rows(
+    logits: Tensor, params: Sequence[SamplingParams], positions: Sequence[int]
+) -> tuple[list[int], list[float]]:
     """Draw one token a row.
 
     Args:

@@ -149,8 +149,15 @@ class IterationView:
                 spans = tuple(members)
                 offsets = np.cumsum([0, *(self._spans[i].stop - self._spans[i].start for i in spans)])
                 positions = np.concatenate([self._spans[i].positions for i in spans])
-                groups.append(_Group(kind, spans, slice(row, row + int(offsets[-1])),
-                                     self._device(offsets, np.int32), self._device(positions, np.int32)))  # fmt: skip
+                groups.append(
+                    _Group(
+                        kind,
+                        spans,
+                        slice(row, row + int(offsets[-1])),
+                        self._device(offsets, np.int32),
+                        self._device(positions, np.int32),
+                    )
+                )
                 row += int(offsets[-1])
             self._groups[active] = groups
         return groups
@@ -159,22 +166,47 @@ class IterationView:
         g = self._g
         if group.kind == "paged":
             table = self._paged_table(layer, group.spans)
-            return ops.paged_attention(q, table, group.row_offsets, group.row_position, kv_heads=g.kv_heads,
-                                       page_size=g.page_size, scale=self._scale,
-                                       window=self._windows[layer])  # fmt: skip
+            return ops.paged_attention(
+                q,
+                table,
+                group.row_offsets,
+                group.row_position,
+                kv_heads=g.kv_heads,
+                page_size=g.page_size,
+                scale=self._scale,
+                window=self._windows[layer],
+            )
         tables = self._draft_tables.get(group.spans)
         if tables is None:
             tables = self._draft_tables[group.spans] = self._build_draft_tables(group)
         tail = tables[0] + layer * tables[1]
         if group.kind == "kept":
-            return ops.kept_attention(q, tables[3][layer], tables[4][layer], tail, tables[2], group.row_offsets,
-                                      group.row_position, page_size=g.page_size, scale=self._scale)  # fmt: skip
+            return ops.kept_attention(
+                q,
+                tables[3][layer],
+                tables[4][layer],
+                tail,
+                tables[2],
+                group.row_offsets,
+                group.row_position,
+                page_size=g.page_size,
+                scale=self._scale,
+            )
         draft = self._spans[group.spans[0]].draft
         assert isinstance(draft, QuantDraft)
-        return ops.quant_attention(q, tables[3] + layer * tables[4], tables[2], tail,
-                                   group.row_offsets, group.row_position, kv_heads=g.kv_heads,
-                                   page_size=g.page_size, bits=draft.bits, group=draft.group,
-                                   scale=self._scale)  # fmt: skip
+        return ops.quant_attention(
+            q,
+            tables[3] + layer * tables[4],
+            tables[2],
+            tail,
+            group.row_offsets,
+            group.row_position,
+            kv_heads=g.kv_heads,
+            page_size=g.page_size,
+            bits=draft.bits,
+            group=draft.group,
+            scale=self._scale,
+        )
 
     def _paged_table(self, layer: int, spans: tuple[int, ...]) -> Tensor:
         rows = []
@@ -194,8 +226,11 @@ class IterationView:
             tails.append(span.ring.addresses(start // self.page_size, int(span.positions[-1]) // self.page_size + 1))
             strides.append([span.ring.layer_stride])
             starts.append(start)
-        common = (self._device(_stack(tails), np.int64), self._device(np.asarray(strides), np.int64),
-                  self._device(np.asarray(starts), np.int32))  # fmt: skip
+        common = (
+            self._device(_stack(tails), np.int64),
+            self._device(np.asarray(strides), np.int64),
+            self._device(np.asarray(starts), np.int32),
+        )
         if group.kind == "kept":
             kept = [s.draft for s in spans if isinstance(s.draft, KeptDraft)]
             width = max(d.width for d in kept)

@@ -71,9 +71,12 @@ struct Pack {
 template <class F>
 void dispatch_element(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::kFloat32: return f(float{});
-    case DType::kBFloat16: return f(__nv_bfloat16{});
-    default: throw Error(detail::concat("unknown dtype code ", int32_t(dtype), "; 0 is float32, 1 is bfloat16."));
+    case DType::kFloat32:
+      return f(float{});
+    case DType::kBFloat16:
+      return f(__nv_bfloat16{});
+    default:
+      throw Error(detail::concat("unknown dtype code ", int32_t(dtype), "; 0 is float32, 1 is bfloat16."));
   }
 }
 

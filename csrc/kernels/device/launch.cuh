@@ -58,8 +58,8 @@ void allow_all_smem(const DeviceInfo& info) {
   static std::atomic<uint64_t> done{0};
   const uint64_t bit = info.device < 64 ? uint64_t(1) << info.device : 0;
   if (done.load(std::memory_order_relaxed) & bit) return;
-  VC_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(Kernel),
-                                     cudaFuncAttributeMaxDynamicSharedMemorySize, info.smem_optin));
+  VC_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(Kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                     info.smem_optin));
   done.fetch_or(bit, std::memory_order_relaxed);
 }
 
