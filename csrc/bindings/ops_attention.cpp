@@ -61,8 +61,8 @@ void check_rows(const Params& p) {
            p.rows, " rows; it must not end past them.");
 }
 
-// Rows of request r attend to tail positions up to their own: `start` is the first position of the tail, -1 allowed
-// relative to it (an empty tail). Returns the tail tokens that the furthest row needs.
+// The positions of request r's rows: at least `lowest`, within the `pages` that begin at position `start`. Returns the
+// tokens of those pages that the furthest row attends to.
 template <class Params>
 int64_t check_positions(const Params& p, int32_t r, int64_t lowest, int64_t start, int64_t pages, const char* table) {
   int64_t tokens = 0;
@@ -133,12 +133,11 @@ KeptAttentionParams kept_params(const at::Tensor& q, const at::Tensor& kept_tabl
 }
 
 at::Tensor kept_attention_cpu(const at::Tensor& q, const at::Tensor& kept_table, const at::Tensor& kept_len,
-                              const at::Tensor& tail_table, const at::Tensor& tail_start,
-                              const at::Tensor& row_offsets, const at::Tensor& row_position, int64_t page_size,
-                              double scale) {
+                              const at::Tensor& tail_table, const at::Tensor& tail_start, const at::Tensor& row_offsets,
+                              const at::Tensor& row_position, int64_t page_size, double scale) {
   at::Tensor out;
-  const KeptAttentionParams p = kept_params(q, kept_table, kept_len, tail_table, tail_start, row_offsets, row_position,
-                                            page_size, scale, out);
+  const KeptAttentionParams p =
+      kept_params(q, kept_table, kept_len, tail_table, tail_start, row_offsets, row_position, page_size, scale, out);
   check_rows(p);
   for (int32_t r = 0; r < p.requests; ++r) {
     if (p.row_offsets[r] == p.row_offsets[r + 1]) continue;  // without rows nothing of it is read
@@ -220,8 +219,8 @@ at::Tensor kept_attention_cuda(const at::Tensor& q, const at::Tensor& kept_table
                                const at::Tensor& row_offsets, const at::Tensor& row_position, int64_t page_size,
                                double scale) {
   at::Tensor out;
-  KeptAttentionParams p = kept_params(q, kept_table, kept_len, tail_table, tail_start, row_offsets, row_position,
-                                      page_size, scale, out);
+  KeptAttentionParams p =
+      kept_params(q, kept_table, kept_len, tail_table, tail_start, row_offsets, row_position, page_size, scale, out);
   launch_cuda(q, p, cuda::kept_attention, cuda::kept_attention_workspace_bytes);
   return out;
 }

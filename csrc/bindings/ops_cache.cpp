@@ -31,10 +31,9 @@ QuantizeParams quantize_params(const at::Tensor& full_pages, const at::Tensor& q
 }
 
 template <void (*kRun)(const QuantizeParams&)>
-void quantize_cpu(const at::Tensor& full_pages, const at::Tensor& quant_pages, const at::Tensor& like,
-                  int64_t kv_heads, int64_t head_dim, int64_t page_size, int64_t bits, int64_t group) {
-  const QuantizeParams p =
-      quantize_params(full_pages, quant_pages, like, kv_heads, head_dim, page_size, bits, group);
+void quantize_cpu(const at::Tensor& full_pages, const at::Tensor& quant_pages, const at::Tensor& like, int64_t kv_heads,
+                  int64_t head_dim, int64_t page_size, int64_t bits, int64_t group) {
+  const QuantizeParams p = quantize_params(full_pages, quant_pages, like, kv_heads, head_dim, page_size, bits, group);
   check_pages(p.full_pages, 0, p.pages, "full_pages", 0);
   check_pages(p.quant_pages, 0, p.pages, "quant_pages", 0);
   kRun(p);
@@ -71,8 +70,7 @@ TokenMoveParams token_move_params(const at::Tensor& page_table, const at::Tensor
 template <void (*kRun)(const TokenMoveParams&)>
 void token_move_cpu(const at::Tensor& page_table, const at::Tensor& head_table, const at::Tensor& positions,
                     const at::Tensor& counts, const at::Tensor& like, int64_t head_dim, int64_t page_size) {
-  const TokenMoveParams p =
-      token_move_params(page_table, head_table, positions, counts, like, head_dim, page_size);
+  const TokenMoveParams p = token_move_params(page_table, head_table, positions, counts, like, head_dim, page_size);
   for (int32_t h = 0; h < p.kv_heads; ++h) {
     const int64_t count = p.counts[h], room = int64_t(p.max_head_pages) * p.page_size;
     VC_CHECK(count >= 0 && count <= p.capacity && count <= room, "counts of head ", h, " is ", count,
@@ -93,7 +91,8 @@ void token_move_cpu(const at::Tensor& page_table, const at::Tensor& head_table, 
 template <void (*kLauncher)(const QuantizeParams&, cudaStream_t)>
 void quantize_cuda(const at::Tensor& full_pages, const at::Tensor& quant_pages, const at::Tensor& like,
                    int64_t kv_heads, int64_t head_dim, int64_t page_size, int64_t bits, int64_t group) {
-  launch_cuda(like, quantize_params(full_pages, quant_pages, like, kv_heads, head_dim, page_size, bits, group), kLauncher);
+  launch_cuda(like, quantize_params(full_pages, quant_pages, like, kv_heads, head_dim, page_size, bits, group),
+              kLauncher);
 }
 
 template <void (*kLauncher)(const TokenMoveParams&, cudaStream_t)>

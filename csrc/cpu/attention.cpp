@@ -282,7 +282,8 @@ class Attention {
 
   void zero_rows(int64_t first, int64_t last) const {
     const int64_t row_bytes = int64_t(job_.q_heads) * job_.head_dim * int64_t(dtype_size(job_.dtype));
-    if (first < last) std::memset(static_cast<char*>(job_.out) + first * row_bytes, 0, size_t((last - first) * row_bytes));
+    if (first < last)
+      std::memset(static_cast<char*>(job_.out) + first * row_bytes, 0, size_t((last - first) * row_bytes));
   }
 
   const AttentionJob& job_;

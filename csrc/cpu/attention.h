@@ -18,8 +18,8 @@
 
 namespace vericache::cpu {
 
-// The keys a row attends to: begin .. end - 1, then tail_begin .. tail_end - 1, where tail_begin is a multiple of kSplit
-// and not below end. Either part may be empty.
+// The keys a row attends to: begin .. end - 1, then tail_begin .. tail_end - 1, where tail_begin is a multiple of
+// kSplit and not below end. Either part may be empty.
 struct KeyRanges {
   int64_t begin = 0, end = 0, tail_begin = 0, tail_end = 0;
 
@@ -41,9 +41,18 @@ struct AttentionJob {
 
   template <class Params>
   explicit AttentionJob(const Params& p)
-      : q(p.q), out(p.out), row_offsets(p.row_offsets), q_stride_row(p.q_stride_row), q_stride_head(p.q_stride_head),
-        rows(p.rows), requests(p.requests), q_heads(p.q_heads), kv_heads(p.kv_heads), head_dim(p.head_dim),
-        scale(p.scale), dtype(p.dtype) {}
+      : q(p.q),
+        out(p.out),
+        row_offsets(p.row_offsets),
+        q_stride_row(p.q_stride_row),
+        q_stride_head(p.q_stride_head),
+        rows(p.rows),
+        requests(p.requests),
+        q_heads(p.q_heads),
+        kv_heads(p.kv_heads),
+        head_dim(p.head_dim),
+        scale(p.scale),
+        dtype(p.dtype) {}
 };
 
 // A row without keys comes out as zeros, as do idle rows.

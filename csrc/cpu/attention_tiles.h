@@ -10,8 +10,8 @@
 
 namespace vericache::cpu {
 
-inline constexpr int kSplit = 256;     // keys of one softmax state: the absolute cuts of R1
-inline constexpr int kTileKeys = 64;   // keys converted to float32 at a time
+inline constexpr int kSplit = 256;    // keys of one softmax state: the absolute cuts of R1
+inline constexpr int kTileKeys = 64;  // keys converted to float32 at a time
 inline constexpr int kMaxHeadDim = 256;
 
 // Registers bound the tile: rows x vectors accumulators, one vector of rows and one of columns.

@@ -45,8 +45,12 @@ template <class T>
 class Pages final : public KeySource {
  public:
   Pages(const int64_t* table, int kv_heads, int kv_head, int page_size, int head_dim)
-      : table_(table), head_dim_(head_dim), shift_(std::countr_zero(unsigned(page_size))), mask_(page_size - 1),
-        head_offset_(int64_t(kv_head) * page_size * head_dim), value_offset_(int64_t(kv_heads) * page_size * head_dim) {}
+      : table_(table),
+        head_dim_(head_dim),
+        shift_(std::countr_zero(unsigned(page_size))),
+        mask_(page_size - 1),
+        head_offset_(int64_t(kv_head) * page_size * head_dim),
+        value_offset_(int64_t(kv_heads) * page_size * head_dim) {}
 
   void pack_keys(int64_t key, float* tile) const override { pack_rows(key_row(key), head_dim_, tile); }
 
@@ -88,9 +92,14 @@ template <class T, int kBits>
 class QuantPages final : public KeySource {
  public:
   QuantPages(const int64_t* table, int kv_heads, int kv_head, int page_size, int head_dim, int group)
-      : layout_(QuantPageLayout::make(kv_heads, page_size, head_dim, kBits, group, int(sizeof(T)))), table_(table),
-        kv_head_(kv_head), shift_(std::countr_zero(unsigned(page_size))), mask_(page_size - 1), head_dim_(head_dim),
-        group_(group), row_bytes_(head_dim * kBits / 8) {}
+      : layout_(QuantPageLayout::make(kv_heads, page_size, head_dim, kBits, group, int(sizeof(T)))),
+        table_(table),
+        kv_head_(kv_head),
+        shift_(std::countr_zero(unsigned(page_size))),
+        mask_(page_size - 1),
+        head_dim_(head_dim),
+        group_(group),
+        row_bytes_(head_dim * kBits / 8) {}
 
   void pack_keys(int64_t key, float* tile) const override {
     constexpr int kPerWord = 32 / kBits;
@@ -112,8 +121,7 @@ class QuantPages final : public KeySource {
         for (int c = 0; c < kPerWord; ++c) {
           const int d = (block + w) * kPerWord + c;
           const f32x16 code = to_f32x16(word >> (c * kBits) & ((1u << kBits) - 1));
-          store(tile + d * kTileKeys,
-                fma(code, f32x16(to_float(scale[d])), f32x16(to_float(zero[d]))));
+          store(tile + d * kTileKeys, fma(code, f32x16(to_float(scale[d])), f32x16(to_float(zero[d]))));
         }
       }
     }

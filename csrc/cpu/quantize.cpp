@@ -158,10 +158,14 @@ void each_head(const QuantizeParams& p, Work work) {
         const int64_t full = p.full_pages[i / p.kv_heads], quant = p.quant_pages[i / p.kv_heads];
         const int kv_head = int(i % p.kv_heads);
         switch (p.bits) {
-          case 8: return work.template operator()<decltype(t), 8>(full, quant, kv_head, layout);
-          case 4: return work.template operator()<decltype(t), 4>(full, quant, kv_head, layout);
-          case 2: return work.template operator()<decltype(t), 2>(full, quant, kv_head, layout);
-          default: throw Error(vericache::detail::concat("bits is ", p.bits, "; it must be 2, 4 or 8."));
+          case 8:
+            return work.template operator()<decltype(t), 8>(full, quant, kv_head, layout);
+          case 4:
+            return work.template operator()<decltype(t), 4>(full, quant, kv_head, layout);
+          case 2:
+            return work.template operator()<decltype(t), 2>(full, quant, kv_head, layout);
+          default:
+            throw Error(vericache::detail::concat("bits is ", p.bits, "; it must be 2, 4 or 8."));
         }
       });
   });

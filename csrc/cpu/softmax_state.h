@@ -9,8 +9,8 @@
 
 namespace vericache::cpu {
 
-// 2^x for x <= 0 (up to 126), within 2 units in the last place; exactly 1 at 0, 0 below -126, NaN for a NaN. 2^x = 2^n 2^f
-// with n the nearest integer and a minimax polynomial for 2^f on [-1/2, 1/2], relative error 2e-9 before rounding.
+// 2^x for x <= 0 (up to 126), within 2 units in the last place; exactly 1 at 0, 0 below -126, NaN for a NaN. 2^x = 2^n
+// 2^f with n the nearest integer and a minimax polynomial for 2^f on [-1/2, 1/2], relative error 2e-9 before rounding.
 inline f32x16 exp2(f32x16 x) {
   const f32x16 lowest(-126.0f);
   const f32x16 clamped = where_less(x, lowest, lowest, x);

@@ -22,8 +22,8 @@ void move_tokens(const TokenMoveParams& p) {
     const int64_t position = p.positions[head * p.positions_stride + row];
     char* full = reinterpret_cast<char*>(p.page_table[position / p.page_size]) + head * head_bytes +
                  position % p.page_size * row_bytes;
-    char* kept = reinterpret_cast<char*>(p.head_table[head * p.head_stride + row / p.page_size]) +
-                 row % p.page_size * row_bytes;
+    char* kept =
+        reinterpret_cast<char*>(p.head_table[head * p.head_stride + row / p.page_size]) + row % p.page_size * row_bytes;
     for (int half = 0; half < 2; ++half, full += p.kv_heads * head_bytes, kept += head_bytes)
       kGather ? std::memcpy(kept, full, size_t(row_bytes)) : std::memcpy(full, kept, size_t(row_bytes));
   };

@@ -49,8 +49,7 @@ inline f32x16 as_float(u32x16 bits) { return std::bit_cast<f32x16>(bits); }
 inline f32x16 to_f32x16(u32x16 a) {
   typedef int32_t Signed __attribute__((vector_size(sizeof(WordPart))));
   typedef float Float __attribute__((vector_size(sizeof(WordPart))));
-  return as_float(each_part(
-      [&](int i) { return WordPart(__builtin_convertvector(Signed(a.part[i]), Float)); }));
+  return as_float(each_part([&](int i) { return WordPart(__builtin_convertvector(Signed(a.part[i]), Float)); }));
 }
 
 // Sixteen bytes, one a lane.

@@ -15,7 +15,7 @@
 // Reduction order (R1): element (token, n) is sum over parts p = 0 .. splits-1, left to right, of the chain
 // mma(k16 step 0), mma(k16 step 1), ... of part p, starting from zero; then + bias, then + residual; one rounding.
 // warps, splits and the cut of k come from linear_plan(n, k) and from nothing else, and the mma is the same for every
-// number of tokens. Held by bench/gpu/dense_check.cu (linear_invariance) and tests/gpu/test_linear.py.
+// number of tokens. Held by bench/gpu/dense_check.cu (linear_invariance).
 //
 // float32 storage, and a k that is no multiple of 8, take linear_simple.cu.
 #include "device/cluster.cuh"

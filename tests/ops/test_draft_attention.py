@@ -128,7 +128,8 @@ def test_kept_does_not_depend_on_threads_or_neighbours(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize(
-    ("q_heads", "head_dim", "page_size", "group"), [(8, 64, 64, 32), (4, 32, 16, 16), (14, 80, 32, 16), (2, 128, 128, 128)]
+    ("q_heads", "head_dim", "page_size", "group"),
+    [(8, 64, 64, 32), (4, 32, 16, 16), (14, 80, 32, 16), (2, 128, 128, 128)],
 )
 def test_quant_against_float64(device, dtype, bits, q_heads, head_dim, page_size, group):
     heads, scale = 2, head_dim**-0.5

@@ -87,9 +87,7 @@ def attend(
 
 
 def one_row_at_a_time(request: Request, page_size: int = 64, window: int = 0) -> Tensor:
-    return torch.cat(
-        [attend([request], page_size, window, slice(i, i + 1)) for i in range(len(request.positions))]
-    )
+    return torch.cat([attend([request], page_size, window, slice(i, i + 1)) for i in range(len(request.positions))])
 
 
 def reference(request: Request, window: int = 0) -> Tensor:

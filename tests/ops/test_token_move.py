@@ -19,13 +19,17 @@ HEADS = 3
 class Case:
     """A request's full pages, empty head pages, and a choice of positions for each head."""
 
-    def __init__(self, counts: list[int], dtype: torch.dtype, device: str, head_dim: int = 64, page_size: int = 32) -> None:
+    def __init__(
+        self, counts: list[int], dtype: torch.dtype, device: str, head_dim: int = 64, page_size: int = 32
+    ) -> None:
         self.counts, self.page_size, self.head_dim = counts, page_size, head_dim
         self.tokens = 5 * page_size + 7
         shape = (HEADS, self.tokens, head_dim)
         self.k, self.v = normal(shape, dtype, device, 1), normal(shape, dtype, device, 2)
         word = torch.int32 if dtype == torch.float32 else torch.int16
-        self.k.view(word)[0, 3, :4] = torch.tensor([-1, -2, 1, -(2 ** (8 * dtype.itemsize - 1))], dtype=word)  # NaNs, -0
+        self.k.view(word)[0, 3, :4] = torch.tensor(
+            [-1, -2, 1, -(2 ** (8 * dtype.itemsize - 1))], dtype=word
+        )  # NaNs, -0
         self.full, full_address = full_pages(self.k, self.v, page_size)
         width = 3
         pool = Pool(HEADS * width, (2, page_size, head_dim), dtype, device, seed=4)

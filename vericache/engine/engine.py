@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,27 +22,14 @@ from vericache.config import EngineConfig, SamplingParams
 from vericache.engine.accept import accept
 from vericache.engine.admission import Admission
 from vericache.engine.fetch import Fetcher, Verification
+from vericache.engine.plan import Rows, embed, lay_out, plan_rows
 from vericache.engine.prefill import PrefillTask
 from vericache.engine.request import Phase, Request
 from vericache.engine.sampling import sample_rows
-from vericache.engine.view import IterationView, ResidentPages, SpanKV, StagedPages
+from vericache.engine.view import IterationView
 from vericache.errors import InvalidRequestError, VericacheError
-from vericache.models.interface import RowSpan
 from vericache.models.llama import CausalLM
 from vericache.profiling import profiler_range
-
-
-@dataclass
-class _Rows:
-    """Consecutive rows of one request in one iteration."""
-
-    request: Request
-    kind: str  # "direct", "verify" or "draft"
-    positions: np.ndarray
-    layer_lo: int
-    layer_hi: int
-    hidden: Tensor | None = None  # waiting residual stream; None: embed the tokens
-    task: Verification | None = None
 
 
 class Engine:
@@ -159,7 +145,8 @@ class Engine:
                 failed = self._fetcher.pump()
             for request, reason in failed:
                 self._fail(request, reason)
-        plan = self._plan()
+        arrived = self._fetcher.runnable() if self._fetcher is not None else []
+        plan = plan_rows(self._running, arrived, self.config, self.geometry.layers)
         if plan:
             self._run(plan)
         elif not progressed and self._fetcher is not None and self._fetcher.in_flight:
@@ -220,90 +207,27 @@ class Engine:
                     continue
                 request.verifying = True
 
-    def _plan(self) -> list[_Rows]:
-        layers = self.geometry.layers
-        verifies = [
-            _Rows(task.request, "verify", np.arange(task.position, task.last_position + 1), lo, hi, task.hidden, task)
-            for task, lo, hi in (self._fetcher.runnable() if self._fetcher is not None else [])
-        ]
-        # The window's last position is the one that draft and verifier both feed. Once the verifier's rows are under
-        # way its K and V must stay (R2), so a draft that has not fed that position by then waits for the outcome.
-        exact_to = {rows.request.id: rows.task.last_position for rows in verifies if rows.task is not None}
-        direct_full: list[_Rows] = []
-        direct_lossy: list[_Rows] = []
-        drafts: list[_Rows] = []
-        for request in self._running:
-            if request.mode == "vericache":
-                at = request.draft_position
-                barred = exact_to.get(request.id, request.exact_to)
-                if at > barred and request.wants_draft(self.config.run_ahead_len(request.draft_len)):
-                    drafts.append(_Rows(request, "draft", np.asarray([at]), 0, layers))
-            else:
-                rows = _Rows(request, "direct", np.asarray([request.verified]), 0, layers)
-                (direct_full if request.mode == "full" else direct_lossy).append(rows)
-        for rows in verifies:
-            rows.request.exact_to = exact_to[rows.request.id]
-        return direct_full + verifies + direct_lossy + drafts
-
-    def _span(self, rows: _Rows, start: int) -> SpanKV:
-        request = rows.request
-        assert request.ring is not None
-        stop = start + len(rows.positions)
-        if rows.task is not None:
-            pages = StagedPages(request.ring, rows.task.restored, rows.task.tail_page)
-            return SpanKV(start, stop, rows.positions, source=pages)
-        if request.mode == "full":
-            return SpanKV(start, stop, rows.positions, source=ResidentPages(request.ring))
-        return SpanKV(start, stop, rows.positions, draft=request.cache, ring=request.ring)  # type: ignore[arg-type]
-
-    def _embed(self, plan: list[_Rows]) -> Tensor:
-        tokens = [t for rows in plan if rows.hidden is None for t in self._tokens(rows)]
-        fresh = self.model.embed(torch.tensor(tokens, dtype=torch.int64, device=self.device)) if tokens else None
-        if all(rows.hidden is None for rows in plan):
-            assert fresh is not None
-            return fresh
-        parts, at = [], 0
-        for rows in plan:
-            if rows.hidden is not None:
-                parts.append(rows.hidden)
-            else:
-                assert fresh is not None
-                parts.append(fresh[at : at + len(rows.positions)])
-                at += len(rows.positions)
-        return torch.cat(parts)
-
-    @staticmethod
-    def _tokens(rows: _Rows) -> list[int]:
-        if rows.task is not None:
-            return rows.task.window
-        return [rows.request.token_at(int(p)) for p in rows.positions]
-
     # -- one forward call and what comes of it ---------------------------------------------------------------------
 
-    def _run(self, plan: list[_Rows]) -> None:
-        layers = self.geometry.layers
-        spans, kv, start = [], [], 0
-        for rows in plan:
-            kv.append(self._span(rows, start))
-            spans.append(RowSpan(start, kv[-1].stop, rows.layer_lo, rows.layer_hi))
-            start = kv[-1].stop
+    def _run(self, plan: list[Rows]) -> None:
+        spans, kv = lay_out(plan)
         positions = torch.from_numpy(np.concatenate([r.positions for r in plan]).astype(np.int32)).to(self.device)
         view = IterationView(self.geometry, kv, self.model.config.softmax_scale, self.model.config.windows)
         with profiler_range("+".join(sorted({r.kind for r in plan}))):
-            hidden = self.model.forward(self._embed(plan), positions, spans, view)
+            hidden = self.model.forward(embed(plan, self.model), positions, spans, view)
         finished, pieces = [], []
         for rows, span in zip(plan, spans, strict=True):
             if rows.task is not None:
                 assert self._fetcher is not None
                 rows.task.hidden = hidden[span.start : span.stop]
                 self._fetcher.ran(rows.task, rows.layer_hi)
-            if rows.layer_hi == layers:
+            if rows.layer_hi == self.geometry.layers:
                 finished.append(rows)
                 pieces.append(hidden[span.start : span.stop])
         if finished:
             self._finish_rows(finished, torch.cat(pieces))
 
-    def _finish_rows(self, plan: list[_Rows], hidden: Tensor) -> None:
+    def _finish_rows(self, plan: list[Rows], hidden: Tensor) -> None:
         logits = self.model.logits(hidden)
         params = [rows.request.params for rows in plan for _ in rows.positions]
         drawn = [int(p) + 1 for rows in plan for p in rows.positions]
@@ -326,7 +250,7 @@ class Engine:
         if request.phase is Phase.RUNNING:
             request.draft.append(max(token, 0))
 
-    def _take_verified(self, rows: _Rows, tokens: list[int], logprobs: list[float], logits: Tensor) -> None:
+    def _take_verified(self, rows: Rows, tokens: list[int], logprobs: list[float], logits: Tensor) -> None:
         request, task = rows.request, rows.task
         assert task is not None
         request.verifying, request.exact_to = False, -1
