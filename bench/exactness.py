@@ -24,6 +24,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import torch
 from tokenizers import Tokenizer
 
 from bench._env import ROOT, environment, fingerprint
@@ -132,6 +133,8 @@ def run(arguments: argparse.Namespace, mark: str) -> None:
     tokenizer = Tokenizer.from_file(str(find_model(arguments.model) / "tokenizer.json"))
     arguments.work.mkdir(parents=True, exist_ok=True)
     params = SamplingParams(max_tokens=arguments.max_tokens)
+    device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    (arguments.work / f"shard-{shard}-of-{shards}.env.json").write_text(json.dumps(environment(device)) + "\n")
     with (arguments.work / f"shard-{shard}-of-{shards}.jsonl").open("a") as file:
         for batch in chunks(mine, arguments.batch):
             for config in configs:
@@ -184,13 +187,17 @@ def summarize(arguments: argparse.Namespace, mark: str) -> dict[str, Any]:
         sys.exit(
             f"{missing} of {len(configs) * len(tasks)} runs are missing in {arguments.work}: run all shards"
         )
+    machines = [json.loads(path.read_text()) for path in sorted(arguments.work.glob("*.env.json"))]
+    machines = [machine for machine in machines if machine["fingerprint"] == mark]
     full = [records[FULL, task.key] for task in tasks]
     rows = []
     for config in configs:
         mine = [records[config.label, task.key] for task in tasks]
         rows.append(summary_row(config, tasks, mine, full))
     return {
-        "environment": environment(arguments.device or "cpu"),
+        "environment": machines[0],
+        "shards": len(machines),
+        "other_machines": [machine for machine in machines if not same_machine(machine, machines[0])],
         "settings": {
             "model": arguments.model,
             "exercises": len(tasks),
@@ -203,6 +210,11 @@ def summarize(arguments: argparse.Namespace, mark: str) -> dict[str, Any]:
         },
         "rows": rows,
     }
+
+
+def same_machine(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Tells whether two shards' figures come from the same kind of machine and versions."""
+    return all(a.get(name) == b.get(name) for name in ("cpu", "cores", "gpu", "torch", "python"))
 
 
 def summary_row(

@@ -7,7 +7,7 @@
 //
 // Reduction order (R1): a thread adds the squares of its elements in ascending order by fused multiply-add; then the
 // butterflies of device/reduce.cuh. It depends on dim and T alone, not on alignment: an unaligned row is only loaded
-// in smaller pieces. Held by bench/gpu/dense_check.cu (norm_invariance).
+// in smaller pieces. Held by bench/gpu/dense_check.cu (norm_*).
 #include "device/element.cuh"
 #include "device/launch.cuh"
 #include "device/reduce.cuh"

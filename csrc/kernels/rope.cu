@@ -6,7 +6,7 @@
 // i and i + head_dim / 2. Shared memory: none.
 //
 // Reduction order (R1): a lane adds the squares of its low elements, then of its high ones, by fused multiply-add; then
-// the butterfly of device/reduce.cuh. It depends on head_dim alone. Held by bench/gpu/dense_check.cu (rope_invariance).
+// the butterfly of device/reduce.cuh. It depends on head_dim alone. Held by bench/gpu/dense_check.cu (rope_write_*).
 #include "device/element.cuh"
 #include "device/launch.cuh"
 #include "device/reduce.cuh"

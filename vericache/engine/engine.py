@@ -8,6 +8,7 @@ An iteration is one forward call over a plan of rows: a row for each request tha
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -64,6 +65,8 @@ class Engine:
         self._pool = _C.HostPool(capacity=host_budget, device=self._device_index())
         options = _C.CopyEngineOptions(delay_us_max=config.copy_delay_us, bandwidth_bytes_per_s=config.link_bytes_per_s)
         self._copies = copies or _C.CopyEngine(self._device_index(), options)
+        # Copies in flight must end before the memory they touch goes, whatever order garbage collection takes.
+        weakref.finalize(self, self._copies.shutdown)
         self.admission = Admission(
             self.geometry, c, self.compressor, config, model.weight_bytes, self._pool, self._copies, host_budget
         )

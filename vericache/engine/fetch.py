@@ -167,8 +167,8 @@ class Fetcher:
         store = task.request.store
         assert store is not None
         table = store.fetch_table(layer, self._ring.address(slot))
-        # The slot's last readers are in the compute stream: the copy follows them.
-        ticket = self._copies.submit(table, "h2d", ring=self._ring, slot=slot, after_stream=self._stream())
+        # The ring makes the copy wait for the slot's last readers, and for nothing else in the compute stream.
+        ticket = self._copies.submit(table, "h2d", ring=self._ring, slot=slot)
         task.request.stats.fetched_bytes += store.used(layer)
         return _Transfer(task, layer, slot, ticket, attempt)
 

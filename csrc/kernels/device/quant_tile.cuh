@@ -9,7 +9,7 @@
 
 #include <cstdint>
 
-#include "device/fast_math.cuh"
+#include "fast_math.cuh"
 
 namespace vericache::cuda {
 

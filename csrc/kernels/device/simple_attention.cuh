@@ -11,9 +11,9 @@
 // Held by bench/gpu/attention_bench.cu (invariance).
 #pragma once
 
-#include "device/element.cuh"
-#include "device/launch.cuh"
-#include "device/softmax_state.cuh"
+#include "element.cuh"
+#include "launch.cuh"
+#include "softmax_state.cuh"
 
 namespace vericache::cuda {
 

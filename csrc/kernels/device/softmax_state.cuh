@@ -15,9 +15,9 @@
 
 #include <cstdint>
 
-#include "device/fast_math.cuh"
-#include "device/launch.cuh"
-#include "device/splits.cuh"
+#include "fast_math.cuh"
+#include "launch.cuh"
+#include "splits.cuh"
 
 namespace vericache::cuda {
 

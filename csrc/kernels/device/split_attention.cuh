@@ -23,13 +23,13 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "device/barrier.cuh"
-#include "device/cp_async.cuh"
-#include "device/launch.cuh"
-#include "device/mma.cuh"
-#include "device/shared_memory.cuh"
-#include "device/softmax_state.cuh"
-#include "device/splits.cuh"
+#include "barrier.cuh"
+#include "cp_async.cuh"
+#include "launch.cuh"
+#include "mma.cuh"
+#include "shared_memory.cuh"
+#include "softmax_state.cuh"
+#include "splits.cuh"
 
 namespace vericache::cuda {
 

@@ -1,0 +1,188 @@
+// SPDX-License-Identifier: Apache-2.0
+// Attention kernels: right and invariant. attention_check [results.json]; exit code 1 if anything failed.
+//
+// Against float64: full, kept and quantized attention, with NaN in every slot that must not be read.
+// Invariance (R1), on bytes: a position's row alone is the reference; then 1 .. 128 rows together, batches of mixed
+// requests, shuffled pages, 20 repeats. The control, one changed bit of one old key, must be noticed.
+#include "attention_cases.cuh"
+
+namespace {
+
+using namespace vericache;
+using namespace vericache::bench;
+
+std::vector<int> range(int lo, int hi) {
+  std::vector<int> tokens(hi - lo);
+  std::iota(tokens.begin(), tokens.end(), lo);
+  return tokens;
+}
+
+std::string shape_name(const char* op, const Heads& h) {
+  return text(op, " ", h.q_heads, "/", h.kv_heads, " D", h.head_dim, " page ", h.page_size);
+}
+
+void check_full(Report& report, Heads h, int window, int tokens) {
+  const Sequence s(h, tokens);
+  std::vector<std::vector<uint16_t>> bits(tokens);
+  double worst = 0;
+  long compared = 0;
+  std::string failure;
+  const auto reference = [&](int position) -> const std::vector<uint16_t>& {
+    if (bits[position].empty()) {
+      bits[position] = run_full(s, window, {{position, 1}}, 1);
+      if (position % 8 == 0 || position == tokens - 1) {
+        const auto seen = range(window > 0 ? std::max(0, position + 1 - window) : 0, position + 1);
+        worst = std::max(worst, relative_error(s.q_at(position), s.k_floats.get<float>(), s.v_floats.get<float>(), h,
+                                               {std::vector<std::vector<int>>(h.kv_heads, seen)}, bits[position]));
+      }
+    }
+    return bits[position];
+  };
+  const auto compare = [&](const std::vector<FullRequest>& requests, unsigned seed, const char* what) {
+    const auto out = run_full(s, window, requests, seed);
+    size_t at = 0;
+    for (const auto& r : requests)
+      for (int i = 0; i < r.rows; ++i, at += h.q_row()) {
+        ++compared;
+        if (std::memcmp(out.data() + at, reference(r.first + i).data(), h.q_row() * 2) != 0 && failure.empty())
+          failure = text(what, ", seed ", seed, ", position ", r.first + i);
+      }
+  };
+  for (int rows = 1; rows <= 128; ++rows) compare({{tokens - rows, rows}}, unsigned(rows), "row count");
+  std::mt19937 random(5);
+  for (unsigned trial = 0; trial < 16; ++trial) {
+    std::vector<FullRequest> requests;
+    for (unsigned i = 0, n = 1 + random() % 9; i < n; ++i) {
+      const int rows = int(random() % 3 ? 1 : random() % 40);
+      const int edges[] = {0, 1, 63, 64, h.page_size - 1, h.page_size, 511, 512, tokens - 40, tokens - 128};
+      requests.push_back({std::clamp(edges[random() % 10], 0, tokens - std::max(rows, 1)), rows});
+    }
+    requests.push_back({tokens - 1, 1});
+    compare(requests, 100 + trial, "batch mix");
+  }
+  for (unsigned repeat = 0; repeat < 20; ++repeat)
+    compare({{tokens - 32, 32}, {tokens - 1, 1}, {100, 5}}, 200 + repeat, "repeat");
+
+  auto* changed = s.k.get<uint16_t>() + size_t(tokens - 10) * h.kv_heads * h.head_dim;
+  uint16_t element;
+  VC_CUDA_CHECK(cudaMemcpy(&element, changed, 2, cudaMemcpyDeviceToHost));
+  element ^= 0x80;
+  VC_CUDA_CHECK(cudaMemcpy(changed, &element, 2, cudaMemcpyHostToDevice));
+  const bool noticed = run_full(s, window, {{tokens - 1, 1}}, 1) != bits[tokens - 1];
+  report.check(text(shape_name("full", h), " window ", window), failure.empty() && noticed && worst < 6e-3,
+               text(tokens, " tokens, ", compared, " rows ",
+                    failure.empty() ? "bitwise equal" : "DIFFER at " + failure, ", error ", worst, ", control ",
+                    noticed ? "noticed" : "MISSED"));
+}
+
+void check_kept(Report& report, Heads h) {
+  const int tokens = 6000, tail_start = 5888, rows = 3;
+  const Sequence s(h, tokens);
+  const int max_kept_pages = 5200 / h.page_size + 1, max_tail_pages = 2 + (tokens - tail_start) / h.page_size;
+  const Buffer kept_pool(h.kv_heads * max_kept_pages * h.head_page_bytes()), tail_pool(max_tail_pages * h.page_bytes());
+  kept_pool.poison();
+  tail_pool.poison();
+  const Buffer kept_table = upload(scattered(kept_pool, h.head_page_bytes(), h.kv_heads * max_kept_pages, 1));
+  const Buffer tail_table = upload(scattered(tail_pool, h.page_bytes(), max_tail_pages, 2));
+  std::vector<std::vector<int>> visible(h.kv_heads);
+  std::vector<int32_t> kept_len;
+  std::mt19937 random(3);
+  for (int head = 0; head < h.kv_heads; ++head) {
+    auto kept = range(0, tail_start);
+    std::shuffle(kept.begin(), kept.end(), random);
+    kept.resize(head == 0 ? 0 : head == 1 ? 5133 : 100 + 61 * head);
+    kept_len.push_back(int(kept.size()));
+    if (!kept.empty()) {
+      const Buffer list = upload(kept);
+      fill_pages<<<int(kept.size()), 128>>>(s.k.get<Element>(), s.v.get<Element>(),
+                                            kept_table.get<int64_t>() + head * max_kept_pages, 0, list.get<int>(), h,
+                                            head);
+      VC_CUDA_CHECK(cudaDeviceSynchronize());
+    }
+    visible[head] = kept;
+  }
+  fill_pages<<<tokens - tail_start, 128>>>(s.k.get<Element>(), s.v.get<Element>(), tail_table.get<int64_t>(), tail_start,
+                                           nullptr, h, -1);
+  const Buffer len = upload(kept_len), start = upload(std::vector<int32_t>{tail_start}),
+               offsets = upload(std::vector<int32_t>{0, rows}),
+               positions = upload(std::vector<int32_t>{tokens - 3, tokens - 2, tokens - 1});
+  const Buffer out(rows * h.q_row() * 2);
+  out.poison();
+  KeptAttentionParams p{};
+  p.q = s.q_at(tokens - rows), p.out = out.get(), p.kept_table = kept_table.get<int64_t>(), p.kept_len = len.get<int>();
+  p.tail_table = tail_table.get<int64_t>(), p.tail_start = start.get<int>(), p.row_offsets = offsets.get<int>();
+  p.row_position = positions.get<int>(), p.q_stride_row = int64_t(h.q_row()), p.q_stride_head = h.head_dim;
+  p.kept_stride_request = int64_t(h.kv_heads) * max_kept_pages, p.kept_stride_head = max_kept_pages;
+  p.tail_stride_request = max_tail_pages, p.rows = rows, p.requests = 1, p.q_heads = h.q_heads;
+  p.kv_heads = h.kv_heads, p.head_dim = h.head_dim, p.page_size = h.page_size, p.max_kept_pages = max_kept_pages;
+  p.max_tail_pages = max_tail_pages, p.scale = h.scale(), p.dtype = DType::kBFloat16;
+  const Buffer workspace = workspace_for(p, cuda::kept_attention_workspace_bytes);
+  cuda::kept_attention(p, nullptr);
+  const auto got = out.to_host<uint16_t>();
+  std::vector<std::vector<std::vector<int>>> seen(rows, visible);
+  for (int i = 0; i < rows; ++i)
+    for (auto& head : seen[i])
+      for (int token = tail_start; token <= tokens - rows + i; ++token) head.push_back(token);
+  const double error =
+      relative_error(s.q_at(tokens - rows), s.k_floats.get<float>(), s.v_floats.get<float>(), h, seen, got);
+  report.check(shape_name("kept", h), error < 6e-3, text("error ", error));
+}
+
+void check_quant(Report& report, Heads h, int bits, int group) {
+  const int pages = 1536 / h.page_size, quantized = pages * h.page_size, tail = 37, tokens = quantized + tail, rows = 2;
+  const Sequence s(h, tokens);
+  const auto layout = QuantPageLayout::make(h.kv_heads, h.page_size, h.head_dim, bits, group, 2);
+  const int tail_pages = tail / h.page_size + 2;
+  const Buffer pool(size_t(layout.page_bytes) * pages), tail_pool(tail_pages * h.page_bytes());
+  tail_pool.poison();
+  fill_quant<<<1024, 256>>>(pool.get<uint8_t>(), int64_t(pool.bytes()), layout, bits);
+  const Buffer table = upload(scattered(pool, size_t(layout.page_bytes), pages, 4));
+  const Buffer tail_table = upload(scattered(tail_pool, h.page_bytes(), tail_pages, 5));
+  fill_pages<<<tail, 128>>>(s.k.get<Element>(), s.v.get<Element>(), tail_table.get<int64_t>(), quantized, nullptr, h, -1);
+  for (int page = 0; page < pages; ++page)  // the dense floats of the quantized tokens; the tail's stay
+    dequantize_page<<<h.page_size, 128>>>(table.get<int64_t>(), page, layout.head_bytes, layout, h, bits, group,
+                                          s.k_floats.get<float>(), s.v_floats.get<float>());
+  VC_CUDA_CHECK(cudaGetLastError());
+  const Buffer len = upload(std::vector<int32_t>{quantized}), offsets = upload(std::vector<int32_t>{0, rows}),
+               positions = upload(std::vector<int32_t>{tokens - 2, tokens - 1});
+  const Buffer out(rows * h.q_row() * 2);
+  out.poison();
+  QuantAttentionParams p{};
+  p.q = s.q_at(tokens - rows), p.out = out.get(), p.quant_table = table.get<int64_t>(), p.quant_len = len.get<int>();
+  p.tail_table = tail_table.get<int64_t>(), p.row_offsets = offsets.get<int>(), p.row_position = positions.get<int>();
+  p.q_stride_row = int64_t(h.q_row()), p.q_stride_head = h.head_dim, p.quant_stride_request = pages;
+  p.tail_stride_request = tail_pages, p.rows = rows, p.requests = 1, p.q_heads = h.q_heads, p.kv_heads = h.kv_heads;
+  p.head_dim = h.head_dim, p.page_size = h.page_size, p.max_quant_pages = pages, p.max_tail_pages = tail_pages;
+  p.bits = bits, p.group = group, p.scale = h.scale(), p.dtype = DType::kBFloat16;
+  const Buffer workspace = workspace_for(p, cuda::quant_attention_workspace_bytes);
+  cuda::quant_attention(p, nullptr);
+  const auto got = out.to_host<uint16_t>();
+  std::vector<std::vector<std::vector<int>>> seen;
+  for (int i = 0; i < rows; ++i) seen.emplace_back(h.kv_heads, range(0, tokens - rows + i + 1));
+  const double error =
+      relative_error(s.q_at(tokens - rows), s.k_floats.get<float>(), s.v_floats.get<float>(), h, seen, got);
+  report.check(text(shape_name("quant", h), " bits ", bits, " group ", group), error < 1.2e-2, text("error ", error));
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  Report report(argc > 1 ? argv[1] : "");
+  check_full(report, {32, 8, 128, 64}, 0, 9001);
+  check_full(report, {8, 1, 64, 16}, 0, 5000);
+  check_full(report, {16, 1, 128, 256}, 0, 700);
+  check_full(report, {8, 2, 64, 64}, 1000, 2100);
+  check_full(report, {6, 2, 96, 64}, 0, 300);  // no tensor cores
+  check_kept(report, {32, 8, 128, 64});
+  check_kept(report, {8, 2, 64, 16});
+  for (const int bits : {8, 4, 2}) {
+    check_quant(report, {32, 8, 128, 64}, bits, 32);
+    check_quant(report, {8, 2, 64, 128}, bits, 64);
+  }
+  check_quant(report, {4, 2, 64, 16}, 4, 16);  // no tensor cores
+  std::printf("%d failures\n", report.failures());
+  return report.failures() > 0;
+} catch (const std::exception& e) {
+  std::printf("FAIL %s\n", e.what());
+  return 1;
+}

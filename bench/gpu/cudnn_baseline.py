@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""cuDNN's attention at the shapes of attention_bench, timed the same way: graph replays, K and V rotated past the L2.
+
+python cudnn_baseline.py [results.json]
+"""
+
+import json
+import statistics
+import sys
+from pathlib import Path
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+SHAPES = [(8, 4096), (8, 32768), (1, 32768), (1, 131072), (8, 131072)]
+Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
+PAST_L2 = 1 << 30  # bytes that one rotation walks over, at least
+
+
+def time_us(batch: int, tokens: int, rows: int) -> float:
+    """Median time of one call in microseconds; `rows` query rows a request, without a causal mask among them."""
+    sets = max(1, -(-PAST_L2 // (4 * batch * KV_HEADS * tokens * HEAD_DIM)))
+    shape = (batch, KV_HEADS, tokens, HEAD_DIM)
+    keys = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
+    values = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
+    q = torch.randn(batch, Q_HEADS, rows, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
+    launches = max(sets, 4)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream), sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.inference_mode():
+        for _ in range(3):
+            scaled_dot_product_attention(q, keys[0], values[0], enable_gqa=True)
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(launches):
+                scaled_dot_product_attention(q, keys[i % sets], values[i % sets], enable_gqa=True)
+        times = []
+        for replay in range(12):
+            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record(stream)
+            graph.replay()
+            stop.record(stream)
+            stop.synchronize()
+            if replay >= 3:
+                times.append(start.elapsed_time(stop) * 1000 / launches)
+    return statistics.median(times)
+
+
+def main() -> None:
+    results = []
+    for batch, tokens in SHAPES:
+        for rows in (1, 32) if tokens == 32768 else (1,):
+            us = time_us(batch, tokens, rows)
+            size = 4 * batch * KV_HEADS * tokens * HEAD_DIM
+            name = f"cudnn {rows} rows {batch}x{tokens // 1024}K"
+            results.append({"name": name, "us": us, "gb_s": size / us * 1e-3})
+            print(f"{name:<24} {us:9.2f} us  {size / us * 1e-3:7.1f} GB/s", flush=True)
+            torch.cuda.empty_cache()
+    if len(sys.argv) > 1:
+        header = {"device": torch.cuda.get_device_name(), "torch": torch.__version__}
+        Path(sys.argv[1]).write_text(json.dumps({**header, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
