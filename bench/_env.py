@@ -73,7 +73,7 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "vericache": vericache.__version__,
-        "commit": _output("git", "rev-parse", "HEAD") or "unknown",
+        "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("VERICACHE_COMMIT", "unknown"),
         "uncommitted_changes": bool(_output("git", "status", "--porcelain")),
         "fingerprint": fingerprint(),
         "command": shlex.join(command),
@@ -81,6 +81,13 @@ def environment(device: str) -> dict[str, Any]:
 
 
 def _module(argv: list[str]) -> list[str]:
-    path = Path(argv[0]).resolve()
-    name = ".".join(path.relative_to(ROOT).with_suffix("").parts) if path.is_relative_to(ROOT) else path.name
-    return [name, *argv[1:]]
+    # A result is published: it names no folder of the machine but the repository's own.
+    words = [_portable(word) for word in argv]
+    return [words[0].removesuffix(".py").replace("/", "."), *words[1:]]
+
+
+def _portable(word: str) -> str:
+    path = Path(word)
+    if not path.is_absolute():
+        return word
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name

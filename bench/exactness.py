@@ -6,7 +6,8 @@ answer is right, how often all tokens equal full KV's, how many tokens a round y
 token fetches.
 
     python -m bench.exactness                        all of it, continuing where an earlier call stopped
-    python -m bench.exactness --shard 0/2            half of it; run the other shards elsewhere or later
+    python -m bench.exactness --shard 0/2            half of it; run the other shards elsewhere or later (on one
+                                                     machine: each under taskset, with cores of its own)
     python -m bench.exactness --summarize            only write the result from what the shards left in --work
 
 Exit code 1 if vericache differs from full in any token.
@@ -30,7 +31,7 @@ from tokenizers import Tokenizer
 from bench._env import ROOT, environment, fingerprint
 from tools.train_nano.exercises import Exercise, make_exercise
 from tools.train_nano.world import KINDS
-from vericache import LLM, SamplingParams
+from vericache import LLM, SamplingParams, ops
 from vericache.models import find_model
 
 FIRST_SEED = 9_000_000  # away from the seeds that the model card scores
@@ -125,6 +126,9 @@ def chunks(items: Sequence[Task], size: int) -> Iterator[Sequence[Task]]:
 
 def run(arguments: argparse.Namespace, mark: str) -> None:
     """Runs what this shard still lacks, one batch of exercises after the other."""
+    if arguments.threads:
+        ops.set_num_threads(arguments.threads)
+        torch.set_num_threads(arguments.threads)
     shard, shards = arguments.shard
     mine = tasks_of(arguments)[shard::shards]
     configs = configs_of(arguments.compressor)
@@ -274,6 +278,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--batch", type=int, default=4, help="exercises that run together")
     parser.add_argument("--device", choices=("cpu", "cuda"), default=None)
+    parser.add_argument("--threads", type=int, help="threads of this shard (default: every core)")
     parser.add_argument("--shard", type=shard, default=(0, 1))
     parser.add_argument("--summarize", action="store_true", help="run nothing")
     parser.add_argument(

@@ -157,4 +157,4 @@ def _record(name: str, result: dict[str, int]) -> None:
         from bench._env import environment
 
         path = Path(folder) / f"{name}.json"
-        path.write_text(json.dumps({"environment": environment(), "result": result}, indent=2) + "\n")
+        path.write_text(json.dumps({"environment": environment("cuda"), "result": result}, indent=2) + "\n")
