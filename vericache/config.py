@@ -110,7 +110,7 @@ class EngineConfig:
         run_ahead: tokens a request may draft past the window under verification; None takes ``draft_len``.
         page_size: tokens a page, a power of two in 16..256.
         prefill_chunk: rows of a prefill call; chunks are cut at its absolute multiples (R3).
-        memory_budget: device bytes for weights, draft caches, tails, staging, resident KV and prefill.
+        memory_budget: device bytes for weights, activations, draft caches, tails, staging, resident KV and prefill.
         host_budget: bytes of the host store; None takes the runtime's default.
         staging_bytes: bytes of the staging ring; None: two layers of the longest possible request, at most a
             quarter of what the weights leave.

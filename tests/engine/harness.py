@@ -125,6 +125,6 @@ def check(
         problem = difference(output, expected(model, arrival, config.prefill_chunk))
         assert problem is None, f"request {index}: {problem}\n{config}\n{arrival}"
     assert engine.admission.ledger.used() == sum(
-        n for k, n in engine.admission.ledger.used_by_kind().items() if k in ("weights", "staging")
+        n for k, n in engine.admission.ledger.used_by_kind().items() if k in ("weights", "activations", "staging")
     ), "memory of finished requests is still reserved"
     return outputs

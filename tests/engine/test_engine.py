@@ -197,7 +197,7 @@ def test_cancelling_frees_everything_at_any_moment() -> None:
         engine = Engine(tiny_model(), _config(copy_delay_us=200))
         run(engine, [_arrival(120, cancel_at=cancel_at), _arrival(60, seed=5)])
         kinds = engine.admission.ledger.used_by_kind()
-        assert {k for k, n in kinds.items() if n} <= {"weights", "staging"}
+        assert {k for k, n in kinds.items() if n} <= {"weights", "activations", "staging"}
 
 
 def test_a_sliding_window_model_is_refused_where_no_draft_can_serve_it() -> None:

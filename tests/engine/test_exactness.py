@@ -65,7 +65,7 @@ configs = st.builds(
     page_size=st.sampled_from([16, 32]),
     prefill_chunk=st.sampled_from([16, 32, 61]),
     # From one request at a time to all at once; the staging ring from one layer to many.
-    memory_budget=st.sampled_from(["3MiB", "6MiB", "64MiB"]),
+    memory_budget=st.sampled_from(["4MiB", "8MiB", "64MiB"]),
     staging_bytes=st.sampled_from(["256KiB", "1MiB"]),
     max_batch=st.sampled_from([1, 3, 32]),
     max_verifying=st.sampled_from([1, 4]),

@@ -68,7 +68,7 @@ def _config(rng: random.Random) -> EngineConfig:
         run_ahead=rng.choice([None, 0, 3]),
         page_size=rng.choice([16, 32, 64]),
         prefill_chunk=rng.choice([32, 61, 128]),
-        memory_budget=rng.choice(["8MiB", "256MiB"]),
+        memory_budget=rng.choice(["16MiB", "256MiB"]),
         staging_bytes="1MiB",
         max_batch=rng.choice([4, 32]),
         max_verifying=rng.choice([1, 4]),

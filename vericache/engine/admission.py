@@ -9,7 +9,7 @@ from vericache.cache.full_store import HostKV
 from vericache.cache.pages import KVGeometry, PageRing
 from vericache.compressors.interface import Compressor
 from vericache.config import EngineConfig
-from vericache.engine.memory import Need, human, need, tail_slots, tail_start_of
+from vericache.engine.memory import Need, activation_bytes, human, need, tail_slots, tail_start_of
 from vericache.engine.request import Request
 from vericache.errors import CapacityError
 from vericache.models.config import ModelConfig
@@ -41,6 +41,12 @@ class Admission:
             raise CapacityError(
                 f"the weights take {human(weight_bytes)} and memory_budget is {human(budget)}; "
                 f"raise memory_budget above the weights"
+            )
+        activations = activation_bytes(model, config, geometry.elem)
+        if not self.ledger.try_reserve(ENGINE, "activations", activations):
+            raise CapacityError(
+                f"beside the weights, the rows of one call need {human(activations)} of activations: "
+                f"{self.ledger.describe()}; raise memory_budget or lower max_batch or prefill_chunk"
             )
         self.staging_bytes = self._staging() if config.mode in ("vericache", "auto") else 0
         if self.staging_bytes and not self.ledger.try_reserve(ENGINE, "staging", self.staging_bytes):
@@ -104,9 +110,9 @@ class Admission:
         return None
 
     def ledger_fixed(self) -> str:
-        """Weights and staging, for messages."""
+        """What the engine itself holds, for messages."""
         kinds = self.ledger.used_by_kind()
-        return " + ".join(f"{k} {human(kinds[k])}" for k in ("weights", "staging") if kinds.get(k))
+        return " + ".join(f"{k} {human(kinds[k])}" for k in ("weights", "activations", "staging") if kinds.get(k))
 
     def try_admit(self, request: Request) -> bool:
         """Reserve memory in the first mode that fits now and give the request its caches."""

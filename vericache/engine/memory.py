@@ -49,6 +49,17 @@ class Need:
         return " + ".join(f"{kind} {human(n)}" for kind, n in parts.items()) + f" = {human(self.device)}"
 
 
+def activation_bytes(model: ModelConfig, config: EngineConfig, elem: int) -> int:
+    """Bound of what one forward call and its sampling hold besides KV: the widest set of rows through one layer.
+
+    A prefill call takes ``prefill_chunk`` rows; an iteration one row for each request and a window for each verifying
+    one. Logits are float32 and are made for an iteration's rows only.
+    """
+    rows = config.max_batch + config.max_verifying * (config.draft_len + 1)
+    width = 4 * model.hidden_size + model.qkv_size + 3 * model.intermediate_size
+    return max(rows, config.prefill_chunk) * width * elem + 2 * rows * model.vocab_size * 4
+
+
 def tail_start_of(prompt_len: int, residual_window: int, page_size: int) -> int:
     """First position of the tail after a prompt: the page boundary that leaves the residual window whole."""
     return max(0, prompt_len - residual_window) // page_size * page_size
@@ -96,6 +107,7 @@ def need(
     prefill = {"prefill stream": hidden, "prefill layer": slab}
     lasting = {"draft cache": draft, "tail": PageRing.bytes_needed(g, slots)}
     if kept:
+        prefill["prefill keys"] = slab  # K and V of the layer, dense, as the compressor sees them
         lasting["draft index"] = g.layers * g.kv_heads * tail_start * INDEX_BYTES
     if mode == "lossy":
         return Need(mode, lasting, prefill, 0, 0)
