@@ -25,8 +25,11 @@ struct Rows {
   Buffer q, out, offsets, positions;
   int count;
   Rows(const Batch& b, int each, int last_position)
-      : q(random_buffer<Element>(size_t(b.requests) * each * kHeads.q_row(), 7)), out(q.bytes()),
-        offsets(4 * (b.requests + 1)), positions(4 * b.requests * each), count(b.requests * each) {
+      : q(random_buffer<Element>(size_t(b.requests) * each * kHeads.q_row(), 7)),
+        out(q.bytes()),
+        offsets(4 * (b.requests + 1)),
+        positions(4 * b.requests * each),
+        count(b.requests * each) {
     std::vector<int32_t> o{0}, p;
     for (int r = 0; r < b.requests; ++r) {
       for (int i = 0; i < each; ++i) p.push_back(last_position - each + 1 + i);
@@ -108,8 +111,7 @@ class Bench {
 
   void quant(const Batch& b, int bits) {
     constexpr int kGroup = 32;
-    const auto layout =
-        QuantPageLayout::make(kHeads.kv_heads, kHeads.page_size, kHeads.head_dim, bits, kGroup, 2);
+    const auto layout = QuantPageLayout::make(kHeads.kv_heads, kHeads.page_size, kHeads.head_dim, bits, kGroup, 2);
     const int each = b.tokens / kHeads.page_size;
     const size_t pages = size_t(b.requests) * each;
     const double bytes = double(pages) * double(layout.page_bytes);

@@ -31,8 +31,8 @@ inline std::vector<int64_t> scattered(const Buffer& pool, size_t page_bytes, siz
 }
 
 // Copies tokens of a dense sequence [tokens, kv_heads, head_dim] into pages: slot i of the table's row holds token
-// list[i], or first + i without a list. Block: one slot of one row; grid: (count, rows). Full pages hold all heads, head
-// pages the one head `head`.
+// list[i], or first + i without a list. Block: one slot of one row; grid: (count, rows). Full pages hold all heads,
+// head pages the one head `head`.
 static __global__ void fill_pages(const Element* k, const Element* v, const int64_t* table, int first, const int* list,
                                   Heads h, int head) {
   const int i = blockIdx.x, token = list ? list[i] : first + i;
@@ -47,8 +47,8 @@ static __global__ void fill_pages(const Element* k, const Element* v, const int6
   }
 }
 
-// softmax(q k^T * scale) v in float64. Grid: (q_heads, rows); row r sees tokens seen[r * stride + kv_head * head_stride + i]
-// for i < count[r * kv_heads + kv_head]. scratch: [rows, q_heads, stride] float64.
+// softmax(q k^T * scale) v in float64. Grid: (q_heads, rows); row r sees tokens seen[r * stride + kv_head * head_stride
+// + i] for i < count[r * kv_heads + kv_head]. scratch: [rows, q_heads, stride] float64.
 static __global__ void reference_attention(const Element* q, const float* k, const float* v, const int* seen,
                                            const int* count, int64_t stride, int64_t head_stride, Heads h, double* out,
                                            double* scratch) {
@@ -135,9 +135,13 @@ struct Sequence {
   Buffer k, v, q, k_floats, v_floats;
 
   Sequence(Heads heads, int n)
-      : h(heads), tokens(n), k(random_buffer<Element>(size_t(n) * h.kv_heads * h.head_dim, 1)),
+      : h(heads),
+        tokens(n),
+        k(random_buffer<Element>(size_t(n) * h.kv_heads * h.head_dim, 1)),
         v(random_buffer<Element>(size_t(n) * h.kv_heads * h.head_dim, 2)),
-        q(random_buffer<Element>(n * h.q_row(), 3, 2.f)), k_floats(k.bytes() * 2), v_floats(v.bytes() * 2) {
+        q(random_buffer<Element>(n * h.q_row(), 3, 2.f)),
+        k_floats(k.bytes() * 2),
+        v_floats(v.bytes() * 2) {
     to_floats<<<1024, 256>>>(k.get<Element>(), k_floats.get<float>(), int64_t(k.bytes() / 2));
     to_floats<<<1024, 256>>>(v.get<Element>(), v_floats.get<float>(), int64_t(v.bytes() / 2));
     VC_CUDA_CHECK(cudaGetLastError());

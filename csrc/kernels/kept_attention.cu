@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Draft attention over kept tokens: per-head compact pages, then the full-precision tail. The kernels are those of
-// device/split_attention.cuh (bf16, head_dim 64 and 128) and device/simple_attention.cuh (the rest). Here: where a token
-// lies. Tokens are numbered 0 .. kept_len-1 for the kept rows of a head, then, from the next multiple of the tile on,
-// tail_start, tail_start + 1, ...; between them lies a hole that is never read.
+// device/split_attention.cuh (bf16, head_dim 64 and 128) and device/simple_attention.cuh (the rest). Here: where a
+// token lies. Tokens are numbered 0 .. kept_len-1 for the kept rows of a head, then, from the next multiple of the tile
+// on, tail_start, tail_start + 1, ...; between them lies a hole that is never read.
 #include "device/element.cuh"
 #include "device/simple_attention.cuh"
 #include "device/split_attention.cuh"
@@ -32,8 +32,8 @@ struct KeptKeys {
   static __device__ __forceinline__ Place place(const Params& p, const Span& s, int request, int kv_head, int token,
                                                 int bytes) {
     if (token < s.hole_end) {
-      const int64_t page = p.kept_table[request * p.kept_stride_request + kv_head * p.kept_stride_head +
-                                        token / p.page_size];
+      const int64_t page =
+          p.kept_table[request * p.kept_stride_request + kv_head * p.kept_stride_head + token / p.page_size];
       return {reinterpret_cast<const char*>(page) + int64_t(token & (p.page_size - 1)) * p.head_dim * bytes,
               p.page_size * p.head_dim * bytes};
     }
@@ -92,17 +92,19 @@ void kept_attention(const KeptAttentionParams& p, cudaStream_t stream) {
   if (p.rows == 0) return;
   VC_CHECK(p.scale > 0.f, "scale is ", p.scale, "; attention needs a positive one.");
   if (!takes_tensor_cores(p)) {
-    dispatch_element(p.dtype, [&](auto t) {
-      launch_simple_attention<decltype(t), SimpleKeptKeys<decltype(t)>>(p, stream);
-    });
+    dispatch_element(p.dtype,
+                     [&](auto t) { launch_simple_attention<decltype(t), SimpleKeptKeys<decltype(t)>>(p, stream); });
     return;
   }
   VC_CHECK(p.q_stride_row % 2 == 0 && p.q_stride_head % 2 == 0 && reinterpret_cast<uintptr_t>(p.q) % 4 == 0,
            "q has strides ", p.q_stride_row, ", ", p.q_stride_head, " or an odd address; it must be 4-byte aligned.");
   switch (p.head_dim) {
-    case 64: return launch_for<64>(p, stream);
-    case 128: return launch_for<128>(p, stream);
-    default: throw Error(detail::concat("head_dim ", p.head_dim, " has no tensor-core attention; use 64 or 128."));
+    case 64:
+      return launch_for<64>(p, stream);
+    case 128:
+      return launch_for<128>(p, stream);
+    default:
+      throw Error(detail::concat("head_dim ", p.head_dim, " has no tensor-core attention; use 64 or 128."));
   }
 }
 

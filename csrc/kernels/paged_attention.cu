@@ -78,17 +78,19 @@ void paged_attention(const PagedAttentionParams& p, cudaStream_t stream) {
   if (p.rows == 0) return;
   VC_CHECK(p.scale > 0.f, "scale is ", p.scale, "; attention needs a positive one.");
   if (!takes_tensor_cores(p)) {
-    dispatch_element(p.dtype, [&](auto t) {
-      launch_simple_attention<decltype(t), SimplePagedKeys<decltype(t)>>(p, stream);
-    });
+    dispatch_element(p.dtype,
+                     [&](auto t) { launch_simple_attention<decltype(t), SimplePagedKeys<decltype(t)>>(p, stream); });
     return;
   }
   VC_CHECK(p.q_stride_row % 2 == 0 && p.q_stride_head % 2 == 0 && reinterpret_cast<uintptr_t>(p.q) % 4 == 0,
            "q has strides ", p.q_stride_row, ", ", p.q_stride_head, " or an odd address; it must be 4-byte aligned.");
   switch (p.head_dim) {
-    case 64: return launch_for<64>(p, stream);
-    case 128: return launch_for<128>(p, stream);
-    default: throw Error(detail::concat("head_dim ", p.head_dim, " has no tensor-core attention; use 64 or 128."));
+    case 64:
+      return launch_for<64>(p, stream);
+    case 128:
+      return launch_for<128>(p, stream);
+    default:
+      throw Error(detail::concat("head_dim ", p.head_dim, " has no tensor-core attention; use 64 or 128."));
   }
 }
 

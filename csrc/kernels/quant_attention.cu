@@ -2,9 +2,10 @@
 // Draft attention over quantized pages (KIVI layout), dequantized in registers, then the full-precision tail.
 //
 // Free of R1, so the work is cut to fit the chip: the tiles of all requests, 64 quantized or 16 tail tokens each, form
-// one line; every warp of the grid takes an equal run of it and works alone, no barrier in the loop. Where a run crosses
-// from one unit (request, 8 item rows, KV head) to the next, it writes the unit's partial state; states merge in key
-// order (device/softmax_state.cuh). Item row i is query row i / group, head i % group, as in split_attention.cuh.
+// one line; every warp of the grid takes an equal run of it and works alone, no barrier in the loop. Where a run
+// crosses from one unit (request, 8 item rows, KV head) to the next, it writes the unit's partial state; states merge
+// in key order (device/softmax_state.cuh). Item row i is query row i / group, head i % group, as in
+// split_attention.cuh.
 //
 // The operands are turned around: keys take the 16-wide side of mma m16n8k16, item rows its 8-wide side. Scores are
 // s[key][row], outputs o[channel][row]; the weights turn from one into the other by movmatrix. Lane (g, t) = (lane / 4,
@@ -20,6 +21,7 @@
 #include "device/cp_async.cuh"
 #include "device/element.cuh"
 #include "device/mma.cuh"
+#include "device/quant_line.cuh"
 #include "device/quant_tile.cuh"
 #include "device/shared_memory.cuh"
 #include "device/simple_attention.cuh"
@@ -28,33 +30,7 @@
 namespace vericache::cuda {
 namespace {
 
-constexpr int kQuantTokens = 64, kTailTokens = 16;  // of a tile
-constexpr int kItemRows = 8;
-constexpr int kMinRun = 2;      // tiles
 constexpr int kMostWarps = 12;  // of any shape
-
-// The line of tiles: request r has units[r] units of tiles[r] tiles, from first_tile[r] on; its units are numbered from
-// first_unit[r]. Built by every block from the device-side lengths; block 0 leaves a copy for the merge.
-struct QuantLine {
-  int* first_tile;  // [requests + 1]
-  int* first_unit;  // [requests + 1]
-  int* tiles;       // [requests]
-  int* last_pos;    // [requests]
-  int* row_offset;  // [requests + 1]
-
-  static __host__ __device__ int ints(int requests) { return 5 * (requests + 1); }
-  __device__ void place(int* memory, int requests) {
-    first_tile = memory;
-    first_unit = first_tile + requests + 1;
-    tiles = first_unit + requests + 1;
-    last_pos = tiles + requests + 1;
-    row_offset = last_pos + requests + 1;
-  }
-  // Tiles a warp takes.
-  __device__ int run(int requests, int workers) const {
-    return max(kMinRun, (first_tile[requests] + workers - 1) / workers);
-  }
-};
 
 struct QuantArgs {
   QuantAttentionParams p;
@@ -63,87 +39,12 @@ struct QuantArgs {
   int workers;
 };
 
-__device__ void build_line(const QuantLine& line, const QuantAttentionParams& p) {
-  for (int r = threadIdx.x; r <= p.requests; r += blockDim.x) {
-    line.row_offset[r] = p.row_offsets[r];
-    line.last_pos[r] = -1;
-  }
-  __syncthreads();
-  for (int row = threadIdx.x; row < line.row_offset[p.requests]; row += blockDim.x) {
-    int lo = 0, hi = p.requests;
-    while (hi - lo > 1) {
-      const int mid = (lo + hi) / 2;
-      (line.row_offset[mid] <= row ? lo : hi) = mid;
-    }
-    atomicMax(&line.last_pos[lo], p.row_position[row]);
-  }
-  __syncthreads();
-  for (int r = threadIdx.x; r < p.requests; r += blockDim.x) {
-    const int tail = max(0, line.last_pos[r] + 1 - p.quant_len[r]);
-    line.tiles[r] = p.quant_len[r] / kQuantTokens + (tail + kTailTokens - 1) / kTailTokens;
-  }
-  __syncthreads();
-  if (threadIdx.x < 32) {
-    const int lane = threadIdx.x;
-    int tiles = 0, units = 0;
-    for (int first = 0; first <= p.requests; first += 32) {
-      const int r = first + lane;
-      int own_units = 0, own_tiles = 0;
-      if (r < p.requests) {
-        const int rows = (line.row_offset[r + 1] - line.row_offset[r]) * (p.q_heads / p.kv_heads);
-        own_units = (rows + kItemRows - 1) / kItemRows * p.kv_heads;
-        own_tiles = own_units * line.tiles[r];
-      }
-      int sum_units = own_units, sum_tiles = own_tiles;
-      for (int step = 1; step < 32; step *= 2) {
-        const int u = __shfl_up_sync(0xffffffffu, sum_units, step), n = __shfl_up_sync(0xffffffffu, sum_tiles, step);
-        if (lane >= step) sum_units += u, sum_tiles += n;
-      }
-      if (r <= p.requests) {
-        line.first_unit[r] = units + sum_units - own_units;
-        line.first_tile[r] = tiles + sum_tiles - own_tiles;
-      }
-      units += __shfl_sync(0xffffffffu, sum_units, 31);
-      tiles += __shfl_sync(0xffffffffu, sum_tiles, 31);
-    }
-  }
-  __syncthreads();
-}
-
-// A place on the line.
-struct LineCursor {
-  int request, unit, row_block, kv_head;  // unit: number among all
-  int tile, tiles, quant_tiles;           // of the unit
-
-  __device__ void seek(const QuantLine& line, const QuantAttentionParams& p, int flat) {
-    int lo = 0, hi = p.requests;
-    while (hi - lo > 1) {
-      const int mid = (lo + hi) / 2;
-      (line.first_tile[mid] <= flat ? lo : hi) = mid;
-    }
-    request = lo;
-    tiles = line.tiles[lo];
-    const int local = flat - line.first_tile[lo], number = local / tiles;
-    tile = local % tiles;
-    unit = line.first_unit[lo] + number;
-    kv_head = number % p.kv_heads;
-    row_block = number / p.kv_heads;
-    quant_tiles = p.quant_len[lo] / kQuantTokens;
-  }
-  __device__ bool is_tail() const { return tile >= quant_tiles; }
-  __device__ const char* page(const QuantAttentionParams& p) const {
-    const int64_t at = is_tail() ? p.tail_table[request * p.tail_stride_request +
-                                                (tile - quant_tiles) * kTailTokens / p.page_size]
-                                 : p.quant_table[request * p.quant_stride_request + tile * kQuantTokens / p.page_size];
-    return reinterpret_cast<const char*>(at);
-  }
-};
-
 template <int kHeadDim_, int kBits_, int kGroup_>
 struct QuantShape {
   static constexpr int kHeadDim = kHeadDim_, kBits = kBits_, kGroup = kGroup_;
   static constexpr int kHalf = 16 / kBits;
-  static constexpr int kMaxWarps = kBits == 8 ? 8 : kMostWarps;  // 8 bits take more registers, and fewer warps find room
+  static constexpr int kMaxWarps =
+      kBits == 8 ? 8 : kMostWarps;                       // 8 bits take more registers, and fewer warps find room
   static constexpr int kCodeRow = kHeadDim * kBits / 8;  // bytes
   // A quantized tile in shared memory, offsets in bytes: the parts of the page's head blob that belong to 64 tokens.
   static constexpr int kCodes = kQuantTokens * kCodeRow;
@@ -216,7 +117,7 @@ struct QuantState {
   static constexpr int kSteps = Shape::kHeadDim / 16, kOutTiles = Shape::kHeadDim / 16;
   uint32_t q[kSteps][2];
   float o[kOutTiles][4];
-  float l[2];           // of item rows 2t, 2t + 1; this lane's keys
+  float l[2];  // of item rows 2t, 2t + 1; this lane's keys
   RunningMax m[2];
 
   __device__ void start(const QuantAttentionParams& p, const QuantLine& line, const LineCursor& c, int lane) {
@@ -224,10 +125,10 @@ struct QuantState {
     const int query0 = line.row_offset[c.request], rows = (line.row_offset[c.request + 1] - query0) * group;
     const int i = c.row_block * kItemRows + g;
     const bool exists = i < rows;
-    const auto* from = static_cast<const uint16_t*>(p.q) +
-                       (exists ? (query0 + i / group) * p.q_stride_row + (c.kv_head * group + i % group) * p.q_stride_head
-                               : 0) +
-                       t * (Shape::kHeadDim / 4);
+    const auto* from =
+        static_cast<const uint16_t*>(p.q) +
+        (exists ? (query0 + i / group) * p.q_stride_row + (c.kv_head * group + i % group) * p.q_stride_head : 0) +
+        t * (Shape::kHeadDim / 4);
 #pragma unroll
     for (int w = 0; w < kSteps * 2 / Shape::kHalf; ++w) {
       uint32_t words[Shape::kHalf];
@@ -281,14 +182,17 @@ struct QuantState {
     }
   }
 
-  __device__ __forceinline__ void quant_tile(const unsigned char* stage, float c, int lane) {
+  // Scores of the 64 keys of a tile: s[block of 16][slots g, g + 8 x rows 2t, 2t + 1].
+  __device__ __forceinline__ void score_tile(const unsigned char* stage, int lane, float (&s)[4][4]) const {
     constexpr int kHalf = Shape::kHalf, kBits = Shape::kBits, kHeadDim = Shape::kHeadDim;
     constexpr int kKeyWords = kHeadDim / 4 * kBits / 32, kChunk = kKeyWords < 4 ? kKeyWords : 4;
     constexpr int kGroupBlocks = Shape::kGroup / 16;
     const int g = lane / 4, t = lane % 4;
-    float s[4][4] = {};
 #pragma unroll
     for (int group = 0; group < kQuantTokens / Shape::kGroup; ++group) {
+      // 2 and 4 bits: with q' = q * scale * 2^power and a code as v = 1 + code / 2^power, a score is
+      // sum q' v - sum q' + sum q zero. The last two are the same for the group's keys: two more products.
+      float minus_sum[4] = {}, zeros[4] = {};
 #pragma unroll
       for (int chunk = 0; chunk < kKeyWords / kChunk; ++chunk) {
         uint32_t words[kGroupBlocks][2][kChunk];
@@ -308,21 +212,51 @@ struct QuantState {
           load_words(zero, stage + Shape::kKeyZero + at);
 #pragma unroll
           for (int j = 0; j < kHalf; j += 2) {
-            const auto p0 = PairParams<kBits>::make(pair_halves<kHalf>(scale, j), pair_halves<kHalf>(zero, j));
-            const auto p1 = PairParams<kBits>::make(pair_halves<kHalf>(scale, j + 1), pair_halves<kHalf>(zero, j + 1));
             const int step = (word * kHalf + j) / 2;
+            const uint32_t scale0 = pair_halves<kHalf>(scale, j), scale1 = pair_halves<kHalf>(scale, j + 1);
+            const uint32_t zero0 = pair_halves<kHalf>(zero, j), zero1 = pair_halves<kHalf>(zero, j + 1);
+            if constexpr (kBits == 8) {
+              const auto p0 = PairParams<kBits>::make(scale0, zero0), p1 = PairParams<kBits>::make(scale1, zero1);
 #pragma unroll
-            for (int b = 0; b < kGroupBlocks; ++b) {
-              const uint32_t a[4] = {dequantize_pair<kBits>(words[b][0][w], j, p0),
-                                     dequantize_pair<kBits>(words[b][1][w], j, p0),
-                                     dequantize_pair<kBits>(words[b][0][w], j + 1, p1),
-                                     dequantize_pair<kBits>(words[b][1][w], j + 1, p1)};
-              mma_m16n8k16(s[group * kGroupBlocks + b], a, q[step][0], q[step][1]);
+              for (int b = 0; b < kGroupBlocks; ++b) {
+                const uint32_t a[4] = {dequantize_pair<kBits>(words[b][0][w], j, p0),
+                                       dequantize_pair<kBits>(words[b][1][w], j, p0),
+                                       dequantize_pair<kBits>(words[b][0][w], j + 1, p1),
+                                       dequantize_pair<kBits>(words[b][1][w], j + 1, p1)};
+                mma_m16n8k16(s[group * kGroupBlocks + b], a, q[step][0], q[step][1]);
+              }
+            } else {
+              using Raw = RawCodes<kBits>;
+              const uint32_t q0 = multiply_bf16x2(multiply_bf16x2(scale0, Raw::factor(j)), q[step][0]);
+              const uint32_t q1 = multiply_bf16x2(multiply_bf16x2(scale1, Raw::factor(j + 1)), q[step][1]);
+              constexpr uint32_t kMinusOne = 0xbf80bf80u;
+              mma_m16n8k16(minus_sum, {kMinusOne, kMinusOne, kMinusOne, kMinusOne}, q0, q1);
+              mma_m16n8k16(zeros, {zero0, scale0, zero1, scale1}, q[step][0], q[step][1]);  // only c0, c1 are of use
+#pragma unroll
+              for (int b = 0; b < kGroupBlocks; ++b)
+                mma_m16n8k16(s[group * kGroupBlocks + b],
+                             {Raw::get(words[b][0][w], j), Raw::get(words[b][1][w], j), Raw::get(words[b][0][w], j + 1),
+                              Raw::get(words[b][1][w], j + 1)},
+                             q0, q1);
             }
           }
         }
       }
+      if constexpr (kBits != 8) {
+        const float offset[2] = {minus_sum[0] + zeros[0], minus_sum[1] + zeros[1]};
+#pragma unroll
+        for (int b = 0; b < kGroupBlocks; ++b)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) s[group * kGroupBlocks + b][e] += offset[e % 2];
+      }
     }
+  }
+
+  __device__ __forceinline__ void quant_tile(const unsigned char* stage, float c, int lane) {
+    constexpr int kHalf = Shape::kHalf, kBits = Shape::kBits, kHeadDim = Shape::kHeadDim;
+    const int g = lane / 4, t = lane % 4;
+    float s[4][4] = {};
+    score_tile(stage, lane, s);
     uint32_t weights[4][2];
     weigh<4>(s, c, weights);
 
@@ -359,10 +293,9 @@ struct QuantState {
       for (int u = 0; u < kUnits; ++u)
 #pragma unroll
         for (int j = 0; j < kHalf; j += 2) {
-          const uint32_t a[4] = {dequantize_pair<kBits>(pair[0][u], j, params[0]),
-                                 dequantize_pair<kBits>(pair[0][u], j + 1, params[0]),
-                                 dequantize_pair<kBits>(pair[1][u], j, params[1]),
-                                 dequantize_pair<kBits>(pair[1][u], j + 1, params[1])};
+          const uint32_t a[4] = {
+              dequantize_pair<kBits>(pair[0][u], j, params[0]), dequantize_pair<kBits>(pair[0][u], j + 1, params[0]),
+              dequantize_pair<kBits>(pair[1][u], j, params[1]), dequantize_pair<kBits>(pair[1][u], j + 1, params[1])};
           mma_m16n8k16(o[(u * kHalf + j) / 2], a, weights[b][0], weights[b][1]);
         }
     }
@@ -418,8 +351,7 @@ struct QuantState {
       const int64_t at = first_state + 2 * t + r;
       float* to = partial.o + at * Shape::kHeadDim + g * (Shape::kHeadDim / 8);
 #pragma unroll
-      for (int n = 0; n < kOutTiles; ++n)
-        *reinterpret_cast<float2*>(to + n * 2) = make_float2(o[n][r], o[n][2 + r]);
+      for (int n = 0; n < kOutTiles; ++n) *reinterpret_cast<float2*>(to + n * 2) = make_float2(o[n][r], o[n][2 + r]);
       if (g == 0) partial.ml[at] = make_float2(m[r].stored(c), sum);
     }
   }
@@ -464,7 +396,8 @@ __global__ void __launch_bounds__(32 * Shape::kMaxWarps, 1)
   int seen[2] = {0, 0}, rows = 0;
   bool fresh = true;
   for (int flat = int(begin), odd = 0; flat < end; ++flat, odd ^= 1) {
-    if (flat + 1 < end) copy_tile<Shape>(p, line, ahead, page, smem_address(stages + (odd ^ 1) * Shape::kStageBytes), lane);
+    if (flat + 1 < end)
+      copy_tile<Shape>(p, line, ahead, page, smem_address(stages + (odd ^ 1) * Shape::kStageBytes), lane);
     cp_async_commit();
     if (flat + 2 < end) page = step_ahead(flat + 2);  // on its way while this tile is worked on
     if (fresh) {
@@ -500,8 +433,9 @@ struct UnitRuns {
   QuantAttentionParams p;
   const int* line;
   int workers;
+  static constexpr bool kFromInputs = false;  // the line is the attention kernel's work
 
-  __device__ StateRun states(const PartialStates&, int row, int head) const {
+  __device__ StateRun states(int row, int head) const {
     QuantLine at;
     at.place(const_cast<int*>(line), p.requests);
     int lo = 0, hi = p.requests;
@@ -564,8 +498,8 @@ struct SimpleQuantKeys {
       if (!blob) return to_float(keys[int64_t(p.kv_heads) * p.page_size * p.head_dim + d]);
       const auto layout = layout_of(p);
       const char* codes = blob + layout.code_bytes + 2 * layout.k_param_bytes;
-      const auto* scale = reinterpret_cast<const T*>(codes + layout.code_bytes) + slot * (p.head_dim / p.group) +
-                          d / p.group;
+      const auto* scale =
+          reinterpret_cast<const T*>(codes + layout.code_bytes) + slot * (p.head_dim / p.group) + d / p.group;
       return value(codes, d, to_float(scale[0]), to_float(scale[layout.v_param_bytes / int(sizeof(T))]));
     }
   };
@@ -616,9 +550,8 @@ void launch_for(const QuantAttentionParams& p, cudaStream_t stream) {
 template <int kBits>
 void launch_bits(const QuantAttentionParams& p, cudaStream_t stream) {
   if (!takes_tensor_cores(p))
-    dispatch_element(p.dtype, [&](auto t) {
-      launch_simple_attention<decltype(t), SimpleQuantKeys<kBits, decltype(t)>>(p, stream);
-    });
+    dispatch_element(
+        p.dtype, [&](auto t) { launch_simple_attention<decltype(t), SimpleQuantKeys<kBits, decltype(t)>>(p, stream); });
   else if (p.head_dim == 64)
     launch_for<64, kBits>(p, stream);
   else
@@ -637,10 +570,14 @@ void quant_attention(const QuantAttentionParams& p, cudaStream_t stream) {
   if (p.rows == 0) return;
   VC_CHECK(p.scale > 0.f, "scale is ", p.scale, "; attention needs a positive one.");
   switch (p.bits) {
-    case 2: return launch_bits<2>(p, stream);
-    case 4: return launch_bits<4>(p, stream);
-    case 8: return launch_bits<8>(p, stream);
-    default: throw Error(detail::concat("bits is ", p.bits, "; it must be 2, 4 or 8."));
+    case 2:
+      return launch_bits<2>(p, stream);
+    case 4:
+      return launch_bits<4>(p, stream);
+    case 8:
+      return launch_bits<8>(p, stream);
+    default:
+      throw Error(detail::concat("bits is ", p.bits, "; it must be 2, 4 or 8."));
   }
 }
 

@@ -4,7 +4,8 @@
 //
 // A barrier completes a phase when its expected number of arrivals has come; phases alternate parity 0, 1, 0, ...
 // mbarrier_wait(b, parity) returns once the phase of that parity is complete; on a fresh barrier, waiting for parity 1
-// returns at once. Waiting acquires and arriving releases, so what was written before an arrival is seen after the wait.
+// returns at once. Waiting acquires and arriving releases, so what was written before an arrival is seen after the
+// wait.
 #pragma once
 
 #include <cstdint>
@@ -28,24 +29,24 @@ __device__ __forceinline__ void mbarrier_arrive_after_copies(uint32_t barrier) {
 __device__ __forceinline__ bool mbarrier_done(uint32_t barrier, uint32_t parity) {
   uint32_t done;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile(
-      "{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
+  asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
 #else
-  asm volatile(
-      "{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
-      : "=r"(done)
-      : "r"(barrier), "r"(parity)
-      : "memory");
+  asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
 #endif
   return done != 0;
 }
 
+// For whole warps, which it leaves converged: ldmatrix and mma demand it.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   while (!mbarrier_done(barrier, parity)) {
   }
+  __syncwarp();
 }
 
 // Barrier `id` (1 .. 15) among `threads` threads, whole warps.

@@ -27,4 +27,14 @@ __device__ __forceinline__ uint32_t fma_bf16x2(uint32_t a, uint32_t b, uint32_t 
   return y;
 }
 
+// a * b on pairs of bf16: adding -0 changes nothing.
+__device__ __forceinline__ uint32_t multiply_bf16x2(uint32_t a, uint32_t b) { return fma_bf16x2(a, b, 0x80008000u); }
+
+// (a & mask) | bits. Written out, the compiler makes two instructions of it: only one operand can be a constant.
+__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
+  uint32_t y;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(a), "r"(mask), "r"(bits));
+  return y;
+}
+
 }  // namespace vericache::cuda

@@ -13,9 +13,10 @@
 
 namespace vericache::cuda {
 
-// x = code * scale + zero as one bf16 fma (2 and 4 bits): the code goes to the top of the mantissa of 1.0, which makes
-// it 1 + code / 2^bits exactly, so x = fma(that, scale * 2^bits, zero - scale * 2^bits). The product by 2^bits is exact;
-// the offset rounds once, to within 2^-9 of the group's range. 8 bits need more and go through float32.
+// Values (and keys of 8 bits). x = code * scale + zero as one bf16 fma (2 and 4 bits): the code goes to the top of the
+// mantissa of 1.0, which makes it 1 + code / 2^bits exactly, so x = fma(that, scale * 2^bits, zero - scale * 2^bits).
+// The product by 2^bits is exact; the offset rounds once, to within 2^-9 of the group's range. 8 bits need more and go
+// through float32.
 template <int kBits>
 struct PairParams {
   uint32_t slope, offset;
@@ -24,7 +25,7 @@ struct PairParams {
   __device__ __forceinline__ static PairParams make(uint32_t scale, uint32_t zero) {
     constexpr uint32_t kPower = kBits == 2 ? 0x40804080u : 0x41804180u;  // 2^bits
     constexpr uint32_t kMinusOne = 0xbf80bf80u;
-    const uint32_t slope = fma_bf16x2(scale, kPower, 0x80008000u);  // + -0: exact
+    const uint32_t slope = multiply_bf16x2(scale, kPower);
     return {slope, fma_bf16x2(slope, kMinusOne, zero)};
   }
 };
@@ -59,9 +60,27 @@ __device__ __forceinline__ uint32_t dequantize_pair(uint32_t word, int j, const 
     constexpr uint32_t kMask = ((1u << kBits) - 1) << kTop, kMasks = kMask | kMask << 16;
     const int from = j * kBits;
     const uint32_t moved = from <= kTop ? word << (kTop - from) : word >> (from - kTop);
-    return fma_bf16x2((moved & kMasks) | 0x3f803f80u, p.slope, p.offset);
+    return fma_bf16x2(and_or(moved, kMasks, 0x3f803f80u), p.slope, p.offset);
   }
 }
+
+// Codes without arithmetic (2 and 4 bits), for keys, whose scales belong to q: register j of a word as
+// 1 + code / 2^power(j), exactly. Registers whose codes share a shift need it once.
+template <int kBits>
+struct RawCodes {
+  static constexpr int kAShift = kBits == 2 ? 3 : 1;  // registers
+  static __device__ constexpr int bit(int j) { return j % kAShift * kBits; }
+  static __device__ constexpr int power(int j) { return 7 - bit(j); }
+
+  static __device__ __forceinline__ uint32_t get(uint32_t word, int j) {
+    const uint32_t mask = ((1u << kBits) - 1) << bit(j);
+    return and_or(word >> (j / kAShift * kAShift * kBits), mask | mask << 16, 0x3f803f80u);
+  }
+  // 2^power(j), twice in bf16.
+  static __device__ constexpr uint32_t factor(int j) {
+    return uint32_t(127 + power(j)) << 7 | uint32_t(127 + power(j)) << 23;
+  }
+};
 
 // Of 2 * kHalf bf16 side by side (kHalf words): pair j = element j (low) and element j + kHalf (high).
 template <int kHalf>

@@ -8,7 +8,7 @@
 // Reduction order (R1): tiles of kSimpleThreads tokens at absolute multiples, in order; a score is one fma chain over
 // head_dim, an output channel one fma chain over the tile's tokens; the tile's sum of weights is a fixed tree. The
 // running maximum rescales between tiles. Nothing else of the launch enters a row.
-// Held by bench/gpu/attention_bench.cu (invariance).
+// Held by bench/gpu/attention_check.cu.
 #pragma once
 
 #include "element.cuh"
@@ -67,8 +67,7 @@ __global__ void __launch_bounds__(kSimpleThreads)
   float l = 0.f, o[2] = {0.f, 0.f};
   for (int first = range.x / kSimpleThreads * kSimpleThreads; first < range.y; first += kSimpleThreads) {
     const int token = first + thread;
-    const bool visible =
-        token >= range.x && token < range.y && (token < span.hole_begin || token >= span.hole_end);
+    const bool visible = token >= range.x && token < range.y && (token < span.hole_begin || token >= span.hole_end);
     float score = negative_infinity();
     if (visible) {
       const typename Keys::Row keys(p, span, request, kv_head, token);

@@ -8,7 +8,7 @@
 //
 // Reduction order (R1) of the merge: states are weighted by 2^(m_i - M), M the largest m of the row; groups of 8
 // splits at absolute indexes 8g .. 8g+7 are summed left to right, then the groups left to right.
-// Held by bench/gpu/attention_bench.cu (invariance).
+// Held by bench/gpu/attention_check.cu.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -76,7 +76,9 @@ inline constexpr int kMergeGroup = 8;  // splits
 
 // out[row, head] = merged state of its splits. Grid: (q_heads, rows); block: kMergeWarps warps, warp w takes the groups
 // w, w + 8, ... of splits. `out` is bf16. Idle rows, and rows without a visible key, come out as zeros.
-// Runs::states(partial, row, head) says which states those are (a StateRun, empty for an idle row).
+// Runs::states(row, head) says which states those are (a StateRun, empty for an idle row). If Runs::kFromInputs, it
+// reads only what was there before the kernel that wrote the states began, so it need not wait for that kernel's end:
+// a kernel that launches the merge has itself waited for all before it (let_next_kernel_start comes after its wait).
 template <int kHeadDim, class Runs>
 __global__ void __launch_bounds__(32 * kMergeWarps)
     merge_states_kernel(const __grid_constant__ Runs runs, PartialStates partial, uint16_t* out) {
@@ -85,10 +87,11 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
   __shared__ float group_l[kMergeWarps];
   const int head = int(blockIdx.x), row = int(blockIdx.y), q_heads = int(gridDim.x);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  StateRun run;
+  if constexpr (Runs::kFromInputs) run = runs.states(row, head);
   wait_for_previous_kernel();
   let_next_kernel_start();
-
-  const StateRun run = runs.states(partial, row, head);
+  if constexpr (!Runs::kFromInputs) run = runs.states(row, head);
   float largest = negative_infinity();
   for (int s = run.begin + lane; s < run.end; s += 32)
     largest = fmaxf(largest, partial.ml[run.first + int64_t(s) * run.stride].x);

@@ -3,21 +3,24 @@
 // state a (row, head, split). paged_attention.cu (full/verify) and kept_attention.cu say where the tokens lie.
 //
 // Grid: at most one block a multiprocessor; each takes work items (request, KV head, split, row block) off the list of
-// splits.cuh, its own share of it or, when there are many, one by one from a counter. The rows of an item are the query heads that share the KV head, times the request's query rows:
-// item row i is query row i / group, head i % group; a row block has kRows of them.
-// Block: producer warps, which only copy, and kRowWarps x kKeyWarps consumer warps. A row warp owns kRowTiles * 16 rows;
-// its kKeyWarps members share the tile: each scores 64 / kKeyWarps of its keys, exchanges maximum and weights through
-// shared memory, and sums head_dim / kKeyWarps of the output channels.
-// Shared memory: the weights [rows][64] bf16, the reductions [rows][4] float, row ranges, barriers, the schedule, then a
-// ring of slots of one tile (64 tokens of K, or of V). Rows of a slot are head_dim * 2 bytes, of the weights 128; 16-byte
-// chunk c of row r lies at chunk c ^ (r & 7): copies and ldmatrix are free of bank conflicts. Tokens that must not be
-// read are zero-filled by the copy, so memory past a request's last token may hold anything.
+// splits.cuh, its own share of it or, when there are many, one by one from a counter. The rows of an item are the query
+// heads that share the KV head, times the request's query rows: item row i is query row i / group, head i % group; a
+// row block has kRows of them.
+//
+// Block: producer warps, which only copy, and kRowWarps x kKeyWarps consumer warps. A row warp owns kRowTiles * 16
+// rows; its kKeyWarps members share the tile: each scores 64 / kKeyWarps of its keys, exchanges maximum and weights
+// through shared memory, and sums head_dim / kKeyWarps of the output channels.
+//
+// Shared memory: the weights [rows][64] bf16, the reductions [rows][4] float, row ranges, barriers, the schedule, then
+// a ring of slots of one tile (64 tokens of K, or of V). Rows of a slot are head_dim * 2 bytes, of the weights 128;
+// 16-byte chunk c of row r lies at chunk c ^ (r & 7): copies and ldmatrix are free of bank conflicts. Tokens that must
+// not be read are zero-filled by the copy, so memory past a request's last token may hold anything.
 //
 // Reduction order (R1). Per row and split: tiles of 64 tokens in order, cut at absolute multiples of 64. A score is the
 // chain mma(channels 0-15), mma(16-31), ... from zero; the weights of a tile enter o as the chain mma(tokens 0-15),
 // mma(16-31), ...; l is four sums, one for each 16 tokens of a tile, each over 4 lanes of a fixed tree, added left to
 // right at the end. Which warp does a step, how many rows ride along and how warps are arranged (Shape) change none of
-// it. Partials merge as softmax_state.cuh says. Held by bench/gpu/attention_bench.cu (invariance).
+// it. Partials merge as softmax_state.cuh says. Held by bench/gpu/attention_check.cu.
 #pragma once
 
 #include <algorithm>
@@ -240,7 +243,7 @@ __device__ void AttentionBlock<Keys, Shape>::consume(int warp) const {
   };
 
   RingCursor ring;
-  int item = -2;  // neither an item nor the end
+  int item = -2;                                                 // neither an item nor the end
   int tight_lo = 0, tight_hi = 0, hole_begin = 0, hole_end = 0;  // every row sees keys tight_lo .. tight_hi - 1
   bool active = false;                                           // this warp has rows in the item
   uint32_t q[kTiles][kHeadDim / 16][4];
@@ -272,9 +275,8 @@ __device__ void AttentionBlock<Keys, Shape>::consume(int warp) const {
     if (key_warp == 0) {
       for (int i = lane; i < kTiles * 16; i += 32) {
         const int row = query0 + (skipped + i) / group;
-        ranges[first_row + i] = skipped + i < item_rows
-                                    ? Keys::row_range(p, span, work.request, p.row_position[row])
-                                    : make_int2(0, 0);
+        ranges[first_row + i] =
+            skipped + i < item_rows ? Keys::row_range(p, span, work.request, p.row_position[row]) : make_int2(0, 0);
       }
     }
     group_barrier();
@@ -285,9 +287,8 @@ __device__ void AttentionBlock<Keys, Shape>::consume(int warp) const {
       for (int half = 0; half < 2; ++half) {
         const int i = skipped + r * 16 + half * 8 + g;
         const bool exists = i < item_rows;
-        const int64_t at = exists ? (query0 + i / group) * p.q_stride_row +
-                                        (work.kv_head * group + i % group) * p.q_stride_head
-                                  : 0;
+        const int64_t at =
+            exists ? (query0 + i / group) * p.q_stride_row + (work.kv_head * group + i % group) * p.q_stride_head : 0;
 #pragma unroll
         for (int s = 0; s < kHeadDim / 16; ++s) {
 #pragma unroll
@@ -384,8 +385,8 @@ __device__ void AttentionBlock<Keys, Shape>::consume(int warp) const {
 #pragma unroll
         for (int n = 0; n < kScoreTiles; n += 2) {
           uint32_t b[4];
-          ldmatrix_x4(b, swizzled(slot, first_key + n * 8 + (matrix / 2) * 8 + line, Shape::kRowBytes,
-                                  k16 * 2 + matrix % 2));
+          ldmatrix_x4(
+              b, swizzled(slot, first_key + n * 8 + (matrix / 2) * 8 + line, Shape::kRowBytes, k16 * 2 + matrix % 2));
 #pragma unroll
           for (int r = 0; r < kTiles; ++r) {
             mma_m16n8k16(s[r][n], q[r][k16], b[0], b[1]);
@@ -397,8 +398,7 @@ __device__ void AttentionBlock<Keys, Shape>::consume(int warp) const {
     release(ring.slot);
     ring.next(args.slots);
 
-    if (token < tight_lo || token + kTileTokens > tight_hi ||
-        (token < hole_end && token + kTileTokens > hole_begin)) {
+    if (token < tight_lo || token + kTileTokens > tight_hi || (token < hole_end && token + kTileTokens > hole_begin)) {
 #pragma unroll
       for (int r = 0; r < kTiles; ++r) {
         const int2 range[2] = {ranges[first_row + r * 16 + g], ranges[first_row + r * 16 + 8 + g]};
@@ -407,8 +407,7 @@ __device__ void AttentionBlock<Keys, Shape>::consume(int warp) const {
 #pragma unroll
           for (int e = 0; e < 4; ++e) {
             const int key = token + first_key + n * 8 + t * 2 + (e & 1);
-            const bool visible = key >= range[e / 2].x && key < range[e / 2].y &&
-                                 (key < hole_begin || key >= hole_end);
+            const bool visible = key >= range[e / 2].x && key < range[e / 2].y && (key < hole_begin || key >= hole_end);
             s[r][n][e] = visible ? s[r][n][e] : negative_infinity();
           }
       }
@@ -457,8 +456,7 @@ __device__ void AttentionBlock<Keys, Shape>::consume(int warp) const {
         for (int j = 0; j < kKeyGroups; ++j) {
           float w[4];
 #pragma unroll
-          for (int e = 0; e < 4; ++e)
-            w[e] = softmax_weight(s[r][2 * j + e / 2][half * 2 + e % 2], c, reference);
+          for (int e = 0; e < 4; ++e) w[e] = softmax_weight(s[r][2 * j + e / 2][half * 2 + e % 2], c, reference);
           const float sum = __fadd_rn(__fadd_rn(__fadd_rn(w[0], w[1]), w[2]), w[3]);
           l[r][half][j] = __fmaf_rn(l[r][half][j], rescale[r][half], sum);
 #pragma unroll
@@ -487,8 +485,8 @@ __device__ void AttentionBlock<Keys, Shape>::consume(int warp) const {
         uint32_t a[kTiles][4];
 #pragma unroll
         for (int r = 0; r < kTiles; ++r)
-          ldmatrix_x4(a[r], swizzled(own_weights, r * 16 + (matrix % 2) * 8 + line, kTileTokens * 2,
-                                     k16 * 2 + matrix / 2));
+          ldmatrix_x4(a[r],
+                      swizzled(own_weights, r * 16 + (matrix % 2) * 8 + line, kTileTokens * 2, k16 * 2 + matrix / 2));
 #pragma unroll
         for (int n = 0; n < kOutTiles; n += 2) {
           uint32_t b[4];
@@ -530,8 +528,9 @@ template <class Keys>
 struct RowSplits {
   typename Keys::Params p;
   int max_splits;
+  static constexpr bool kFromInputs = true;
 
-  __device__ StateRun states(const PartialStates&, int row, int head) const {
+  __device__ StateRun states(int row, int head) const {
     int lo = 0, hi = p.requests;
     if (row >= p.row_offsets[hi]) return {};
     while (hi - lo > 1) {
@@ -578,8 +577,7 @@ void launch_split_attention(const typename Keys::Params& p, int max_splits, cuda
     launch(reset_counter_kernel<Keys>, {dim3(1), dim3(1)}, info, stream, args.next_item);
   }
   allow_all_smem<kernel>(info);
-  launch(kernel, {dim3(grid), dim3(Shape::kThreads), size_t(ring + slots * Shape::kSlotBytes)},
-         info, stream, args);
+  launch(kernel, {dim3(grid), dim3(Shape::kThreads), size_t(ring + slots * Shape::kSlotBytes)}, info, stream, args);
   launch(merge_states_kernel<Shape::kHeadDim, RowSplits<Keys>>, {dim3(p.q_heads, p.rows), dim3(32 * kMergeWarps)}, info,
          stream, RowSplits<Keys>{p, max_splits}, partial, static_cast<uint16_t*>(p.out));
 }

@@ -4,7 +4,7 @@
 // Reduction order (R1), the part fixed here: keys are cut at absolute tokens, every kFineTokens up to
 // kFineSplits * kFineTokens and every kCoarseTokens from there on. Short contexts so get enough pieces to fill the
 // chip, long ones few partial results, and coarse pieces run first so that the fine ones even out the end. Nothing here
-// depends on rows, batch or device. Held by bench/gpu/attention_bench.cu (invariance).
+// depends on rows, batch or device. Held by bench/gpu/attention_check.cu.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -37,7 +37,8 @@ struct Span {
   int lo, hi, hole_begin, hole_end;
 };
 
-// Sixteen consecutive tokens of one KV head in memory: token i has K at `k + i * row` and V at `k + v_offset + i * row`.
+// Sixteen consecutive tokens of one KV head in memory: token i has K at `k + i * row` and V at `k + v_offset + i *
+// row`.
 struct Granule {
   const char* k;
   int v_offset;  // bytes
@@ -49,8 +50,8 @@ struct WorkItem {
   int unit, request, kv_head, split, row_block;
 };
 
-// The list of work items, rebuilt by every block from the device-side lengths: the launch depends on none of them, so it
-// can sit in a CUDA graph. A unit is what has its own length: a request, or one KV head of a request.
+// The list of work items, rebuilt by every block from the device-side lengths: the launch depends on none of them, so
+// it can sit in a CUDA graph. A unit is what has its own length: a request, or one KV head of a request.
 template <class Keys>
 struct Schedule {
   int* row_offset;  // [requests + 1]
@@ -181,7 +182,9 @@ struct Schedule {
     return lo;
   }
 
-  static __device__ int rows_blocks(int rows, int rows_per_block) { return (rows + rows_per_block - 1) / rows_per_block; }
+  static __device__ int rows_blocks(int rows, int rows_per_block) {
+    return (rows + rows_per_block - 1) / rows_per_block;
+  }
   static __device__ int first_split(const Span& s) { return s.hi > s.lo ? split_of(s.lo) : splits_for(s.hi); }
 };
 
