@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
-#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <sstream>
@@ -36,26 +35,27 @@ void pin(void* base, int64_t bytes) {
 #endif
 
 // A cgroup limit file holds a number of bytes or "max"; v1 writes a huge number for "no limit".
-int64_t read_limit(const std::filesystem::path& file) {
+int64_t read_limit(const std::string& file) {
   std::ifstream in(file);
   int64_t value = 0;
   if (!(in >> value) || value <= 0) return kUnlimited;
   return value;
 }
 
-// Limits nest: the tightest on the way from the process's own group up to the mount's root holds.
-int64_t tightest(const std::filesystem::path& mount, const std::string& group, const char* file) {
+// Limits nest: the tightest on the way from the process's own group ("/a/b") up to the mount's root holds.
+// Paths are plain strings: some builds of torch export std::filesystem symbols of another libstdc++, and crash in ours.
+int64_t tightest(const std::string& mount, std::string group, const char* file) {
   int64_t limit = kUnlimited;
-  std::filesystem::path relative = std::filesystem::path(group).relative_path();
   while (true) {
-    limit = std::min(limit, read_limit(mount / relative / file));
-    if (relative.empty()) return limit;
-    relative = relative.parent_path();
+    limit = std::min(limit, read_limit(detail::concat(mount, group, '/', file)));
+    const size_t slash = group.rfind('/');
+    if (slash == std::string::npos) return limit;
+    group.resize(slash);
   }
 }
 
 int64_t cgroup_limit(const std::string& root) {
-  const std::filesystem::path mount = root + "/sys/fs/cgroup";
+  const std::string mount = root + "/sys/fs/cgroup";
   std::ifstream in(root + "/proc/self/cgroup");
   int64_t limit = kUnlimited;
   // Each line is "number:controllers:path"; v2 is the one without controllers.
@@ -67,7 +67,7 @@ int64_t cgroup_limit(const std::string& root) {
     const std::string group = line.substr(second + 1);
     if (controllers == ",,") limit = std::min(limit, tightest(mount, group, "memory.max"));
     if (controllers.find(",memory,") != std::string::npos) {
-      limit = std::min(limit, tightest(mount / "memory", group, "memory.limit_in_bytes"));
+      limit = std::min(limit, tightest(mount + "/memory", group, "memory.limit_in_bytes"));
     }
   }
   return limit;

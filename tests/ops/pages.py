@@ -115,9 +115,15 @@ def assert_same_bits(got: Tensor, want: Tensor, what: str = "") -> None:
 
 
 def assert_close(got: Tensor, want64: Tensor, dtype: torch.dtype) -> None:
-    """Within the float32 accumulation error and one rounding to the storage type."""
+    """Within the float32 accumulation error and one rounding to the storage type.
+
+    Tensor cores take softmax weights and dequantized keys in bfloat16: each is off by 2^-9 of itself, which moves a mean
+    of values (the tests' are normal, the largest about 4) by at most 2^-9 * 4 a rounding; two are allowed for.
+    """
     ulp = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-23
     error = (got.double() - want64).abs()
     bound = want64.abs() * ulp + 4e-6 * want64.abs().amax().clamp(min=1.0)
+    if got.is_cuda and dtype == torch.bfloat16:
+        bound = bound + 2 * 2.0**-9 * 4
     assert not got.isnan().any()
     assert (error <= bound).all(), f"largest error {error.max().item():.3g}, over the bound at {error.argmax().item()}"
