@@ -5,11 +5,13 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
-#include <fstream>
 #include <limits>
-#include <sstream>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "common/error.h"
 #ifdef VERICACHE_WITH_CUDA
@@ -34,16 +36,36 @@ void pin(void* base, int64_t bytes) {
 }
 #endif
 
+// C's file functions, plain strings for paths: some builds of torch export symbols of another libstdc++, and
+// std::ifstream and std::filesystem then crash in ours.
+std::string read_text(const std::string& path) {
+  std::string text;
+  if (FILE* file = std::fopen(path.c_str(), "r")) {
+    char buffer[4096];
+    for (size_t n; (n = std::fread(buffer, 1, sizeof buffer, file)) > 0;) text.append(buffer, n);
+    std::fclose(file);
+  }
+  return text;
+}
+
+std::vector<std::string> read_lines(const std::string& path) {
+  const std::string text = read_text(path);
+  std::vector<std::string> lines;
+  for (size_t at = 0; at < text.size();) {
+    const size_t end = std::min(text.find('\n', at), text.size());
+    lines.push_back(text.substr(at, end - at));
+    at = end + 1;
+  }
+  return lines;
+}
+
 // A cgroup limit file holds a number of bytes or "max"; v1 writes a huge number for "no limit".
-int64_t read_limit(const std::string& file) {
-  std::ifstream in(file);
-  int64_t value = 0;
-  if (!(in >> value) || value <= 0) return kUnlimited;
-  return value;
+int64_t read_limit(const std::string& path) {
+  const long long value = std::strtoll(read_text(path).c_str(), nullptr, 10);
+  return value > 0 ? value : kUnlimited;
 }
 
 // Limits nest: the tightest on the way from the process's own group ("/a/b") up to the mount's root holds.
-// Paths are plain strings: some builds of torch export std::filesystem symbols of another libstdc++, and crash in ours.
 int64_t tightest(const std::string& mount, std::string group, const char* file) {
   int64_t limit = kUnlimited;
   while (true) {
@@ -56,10 +78,9 @@ int64_t tightest(const std::string& mount, std::string group, const char* file) 
 
 int64_t cgroup_limit(const std::string& root) {
   const std::string mount = root + "/sys/fs/cgroup";
-  std::ifstream in(root + "/proc/self/cgroup");
   int64_t limit = kUnlimited;
   // Each line is "number:controllers:path"; v2 is the one without controllers.
-  for (std::string line; std::getline(in, line);) {
+  for (const std::string& line : read_lines(root + "/proc/self/cgroup")) {
     const size_t first = line.find(':');
     const size_t second = first == std::string::npos ? first : line.find(':', first + 1);
     if (second == std::string::npos) continue;
@@ -74,12 +95,9 @@ int64_t cgroup_limit(const std::string& root) {
 }
 
 int64_t available_memory(const std::string& root) {
-  std::ifstream in(root + "/proc/meminfo");
-  for (std::string line; std::getline(in, line);) {
-    std::istringstream fields(line);
-    std::string name;
-    int64_t kib = 0;
-    if (fields >> name >> kib && name == "MemAvailable:") return kib * 1024;
+  for (const std::string& line : read_lines(root + "/proc/meminfo")) {
+    long long kib = 0;
+    if (std::sscanf(line.c_str(), "MemAvailable: %lld", &kib) == 1) return kib * 1024;
   }
   return kUnlimited;
 }

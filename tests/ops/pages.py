@@ -117,8 +117,8 @@ def assert_same_bits(got: Tensor, want: Tensor, what: str = "") -> None:
 def assert_close(got: Tensor, want64: Tensor, dtype: torch.dtype) -> None:
     """Within the float32 accumulation error and one rounding to the storage type.
 
-    Tensor cores take softmax weights and dequantized keys in bfloat16: each is off by 2^-9 of itself, which moves a mean
-    of values (the tests' are normal, the largest about 4) by at most 2^-9 * 4 a rounding; two are allowed for.
+    Tensor cores take softmax weights and dequantized keys in bfloat16: each is off by 2^-9 of itself, which moves a
+    mean of values (the tests' are normal, the largest about 4) by at most 2^-9 * 4 a rounding; two are allowed for.
     """
     ulp = 2.0**-8 if dtype == torch.bfloat16 else 2.0**-23
     error = (got.double() - want64).abs()
