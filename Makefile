@@ -30,7 +30,8 @@ $(VENV)/.made: tools/venv.sh requirements-dev.txt
 	@touch $@
 
 $(VENV)/.built: $(VENV)/.made CMakeLists.txt setup.py pyproject.toml $(CSRC)
-	VERICACHE_BUILD_DIR=$(BUILD_DIR) $(PY) -m pip install -qq --no-build-isolation --no-deps --editable .
+	VERICACHE_BUILD_DIR=$(BUILD_DIR) $(PY) -m pip install -qq --no-build-isolation --no-deps --editable . \
+	  --config-settings editable_mode=compat
 	@touch $@
 
 build: $(VENV)/.built
@@ -44,7 +45,7 @@ test: build
 
 lint: $(VENV)/.made
 	$(VENV)/bin/ruff check .
-	$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
+	@$(VENV)/bin/clang-format --dry-run --Werror $(FORMATTED)
 	$(VENV)/bin/mypy
 
 format: $(VENV)/.made

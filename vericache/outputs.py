@@ -58,10 +58,14 @@ class RequestOutput:
 
 @dataclass(frozen=True)
 class StreamChunk:
-    """Newly verified tokens of a streamed request; nothing unverified is ever shown."""
+    """Newly verified tokens of a streamed request; nothing unverified is ever shown.
+
+    ``error`` says in one sentence why a request ended with finish reason ``error``.
+    """
 
     request_id: int
     token_ids: tuple[int, ...]
     text: str
     finished: bool
     finish_reason: FinishReason | None = None
+    error: str | None = None

@@ -8,7 +8,6 @@
 #include <cstdint>
 #include <initializer_list>
 #include <limits>
-#include <sstream>
 #include <string>
 
 #include "common/error.h"
@@ -17,17 +16,12 @@
 namespace vericache::bindings {
 
 inline std::string shape_text(at::IntArrayRef sizes) {
-  std::ostringstream text;
-  text << '[';
+  std::string text = "[";
   for (size_t i = 0; i < sizes.size(); ++i) {
-    if (i > 0) text << ", ";
-    if (sizes[i] < 0)
-      text << '*';
-    else
-      text << sizes[i];
+    if (i > 0) text += ", ";
+    text += sizes[i] < 0 ? "*" : std::to_string(sizes[i]);
   }
-  text << ']';
-  return text.str();
+  return text + ']';
 }
 
 // torch's Python name of a dtype, where it is one of ours.

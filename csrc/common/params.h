@@ -39,6 +39,9 @@ struct PagedAttentionParams {
   int32_t window;  // 0: none; w: keys position-w+1 .. position
   float scale;
   DType dtype;
+  // CUDA only, and only for speed: tables, lengths, offsets and positions were complete before the launch that precedes
+  // this one in the stream began, so reading them may overlap that launch's end. False is always right.
+  bool tables_settled = false;
 };
 
 // Draft attention over kept tokens (free of R1): per-head compact head pages, then the full-precision tail.
@@ -57,6 +60,7 @@ struct KeptAttentionParams {
   int32_t rows, requests, q_heads, kv_heads, head_dim, page_size, max_kept_pages, max_tail_pages;
   float scale;
   DType dtype;
+  bool tables_settled = false;  // as above
 };
 
 // Draft attention over a quantized cache (free of R1): quantized pages for positions 0 .. quant_len-1, then the tail.
@@ -76,6 +80,7 @@ struct QuantAttentionParams {
   int32_t group;  // tokens a K group, channels a V group; divides page_size and head_dim
   float scale;
   DType dtype;
+  bool tables_settled = false;  // as above
 };
 
 // Byte layout of a quantized page (KIVI, arXiv 2402.02750: keys per channel, values per token). kv_heads head blobs in

@@ -6,6 +6,7 @@
 #include "device/element.cuh"
 #include "device/simple_attention.cuh"
 #include "device/split_attention.cuh"
+#include "device/warpgroup_attention.cuh"
 #include "launchers.h"
 
 namespace vericache::cuda {
@@ -76,6 +77,15 @@ int max_splits(const KeptAttentionParams& p) {
 
 template <int kHeadDim>
 void launch_for(const KeptAttentionParams& p, cudaStream_t stream) {
+  if (attention_variant != 1 && has_wgmma()) {
+    const bool few = int64_t(p.rows) * (p.q_heads / p.kv_heads) <= 16 * int64_t(p.requests);
+    if (attention_variant == 3)
+      launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 1, 1>>(p, max_splits(p), few, stream);
+    else
+      launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 1, 2>>(p, max_splits(p),
+                                                                           few && attention_variant != 2, stream);
+    return;
+  }
   if (int64_t(p.rows) * (p.q_heads / p.kv_heads) <= 16 * int64_t(p.requests))
     launch_split_attention<KeptKeys, AttentionShape<kHeadDim, 1, 1, 4>>(p, max_splits(p), stream);
   else
@@ -85,7 +95,10 @@ void launch_for(const KeptAttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 size_t kept_attention_workspace_bytes(const KeptAttentionParams& p) {
-  return takes_tensor_cores(p) ? split_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim) : 0;
+  if (!takes_tensor_cores(p)) return 0;
+  return std::max(split_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim),
+                  warpgroup_attention_workspace_bytes(p.rows, p.requests, p.q_heads, p.kv_heads, max_splits(p),
+                                                      p.head_dim));
 }
 
 void kept_attention(const KeptAttentionParams& p, cudaStream_t stream) {

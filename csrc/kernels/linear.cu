@@ -1,403 +1,395 @@
 // SPDX-License-Identifier: Apache-2.0
-// out = x @ w^T (+ bias) (+ residual): the batch-invariant matrix product of the decode and verify path.
+// out = x @ w^T (+ bias) (+ residual): the batch-invariant matrix product of the decode and verify path, for Hopper.
 //
-// The weights are the long operand: at 1 to 64 rows of x the time is that of reading w once, so w takes the 16-wide
-// side of mma.sync m16n8k16 and the rows of x ("tokens") its 8-wide side; 1 to 8 tokens cost one mma a 16 x 16 block.
+// The weights are the long operand: at 1 to 64 rows of x the time is that of reading w once, so w takes the 64-wide
+// side of wgmma m64nNk16 and the rows of x ("tokens") its N side, 8 to 128 wide. An output element sees the same chain
+// of k16 steps whatever N is.
 //
-// Work. A tile is 32 * warps rows of w. A cluster of `splits` blocks computes one tile for one block of up to 64
-// tokens, block i of it over the i-th part of k, and adds its parts over distributed shared memory. Grid: one cluster a
-// (tile, token block); without splits one block a multiprocessor, which walks its tiles with the copies of the next
-// tile already in flight. Block: 32 * warps threads; warp i owns rows 32i .. 32i+31 of the tile and all tokens, so w
-// is read from shared memory once.
-// Shared memory: a ring of stages of 64 k, each w [tile rows][64] then x [tokens][64] bf16, filled by cp.async; 16-byte
-// chunk c of row r lies at chunk c ^ (r & 7), which keeps copies and ldmatrix free of bank conflicts.
+// Work. linear_hopper_plan cuts n into tiles and k into 1, 2 or 4 parts. Few tokens ("flat"): a block computes all
+// parts of a short tile, one warpgroup each, and adds them in its shared memory. More tokens ("tall"): x would be read
+// too often, so a block takes one part of a tile `parts` times taller, a cluster has all parts and adds them over
+// distributed shared memory. One part: no adding, and one block a multiprocessor walks its tiles.
+// Block: a warpgroup for each 64 rows of its tile (tall) or for each part (flat). Warpgroup i owns all tokens.
+// Shared memory: a ring of stages of 64 k, each w [parts in block][tile rows][64] then x [parts][tokens][64] bf16, filled
+// by cp.async in the layout of device/wgmma.cuh. It takes at most half of a multiprocessor's, so that the next kernel's
+// blocks fill theirs while this one ends.
 //
 // Reduction order (R1): element (token, n) is sum over parts p = 0 .. splits-1, left to right, of the chain
-// mma(k16 step 0), mma(k16 step 1), ... of part p, starting from zero; then + bias, then + residual; one rounding.
-// warps, splits and the cut of k come from linear_plan(n, k) and from nothing else, and the mma is the same for every
-// number of tokens. Held by bench/gpu/dense_check.cu (linear_invariance).
+// wgmma(k16 step 0), wgmma(k16 step 1), ... of part p, starting from zero; then + bias, then + residual; one rounding.
+// The cut of k comes from linear_hopper_plan(n, k) and from nothing else. That the instruction's sum over 16 k depends
+// on neither N nor the place in the tile is held by bench/gpu/dense_check.cu (linear_invariance).
 //
-// float32 storage, and a k that is no multiple of 8, take linear_simple.cu.
+// Other GPUs take linear_mma.cu; float32 storage, and a k that is no multiple of 8, linear_simple.cu.
 #include "device/cluster.cuh"
 #include "device/cp_async.cuh"
-#include "device/element.cuh"
 #include "device/launch.cuh"
-#include "device/mma.cuh"
+#include "device/linear_out.cuh"
+#include "device/wgmma.cuh"
 #include "launchers.h"
 #include "linear_plan.h"
 
 namespace vericache::cuda {
 
+LinearTuning linear_tuning;
+
+void linear_mma(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream);
 void linear_simple(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream);
 
 namespace {
 
-constexpr int kStageK = 64;  // k a stage: 128 bytes a row, 8 chunks of 16
+constexpr int kStageK = 64, kChunks = kStageK / 8;  // k a stage; 16-byte chunks of a row of it
 constexpr int kRowBytes = kStageK * 2;
 constexpr int kMaxStages = 8;
-constexpr int kStagePad = 4;            // floats after each token of a float32 tile: no bank conflicts
-constexpr int kSplitSmem = 113 * 1024;  // two blocks of a split kernel fit a multiprocessor: see launch_tiles
-constexpr int kMaxTokenTile = 64;
+constexpr int kPad = 4;                       // floats after each token of a float32 tile: no bank conflicts
+enum class Cut { kWalk, kFlat, kTall };        // one part; all parts in a block; all parts in a cluster
 
-struct TileArgs {
+constexpr int kMaxThreads = 512, kCopies = 4; // 16-byte copies of w a thread and stage: 64 rows by 8 chunks a warpgroup
+
+struct WgmmaArgs {
   LinearParams p;
-  LinearPlan plan;
+  int begin[5];      // first stage of each part of k; begin[splits] is the end
+  int splits;        // parts of k
+  int parts;         // of them in one block: splits (flat) or 1 (tall)
+  int rows;          // of w in a block's tile
   int token_blocks;
-  int items;  // tiles * token_blocks; token block fastest, so that blocks that run together share their w
-  int stages;
-  bool wide;  // bias, residual and out can be accessed 4 elements at a time
+  int items;         // tiles * token_blocks; token block fastest, so that blocks that run together share their w
+  int stages, stage_bytes, w_bytes;
+  int early, l2_stages;
+  bool wide;         // bias, residual and out can be accessed 4 elements at a time
 };
 
-__device__ __forceinline__ void wait_stages(int pending) {
-  switch (pending) {
-    case 0:
-      return cp_async_wait<0>();
-    case 1:
-      return cp_async_wait<1>();
-    case 2:
-      return cp_async_wait<2>();
-    case 3:
-      return cp_async_wait<3>();
-    case 4:
-      return cp_async_wait<4>();
-    case 5:
-      return cp_async_wait<5>();
-    default:
-      return cp_async_wait<6>();
-  }
-}
-
-// Bias, residual, rounding and store of four neighbouring outputs n .. n+3 of one token.
-__device__ __forceinline__ void finish4(const TileArgs& args, int64_t token, int n, float4 sum) {
-  const LinearParams& p = args.p;
-  float v[4] = {sum.x, sum.y, sum.z, sum.w};
-  const auto* bias = static_cast<const __nv_bfloat16*>(p.bias);
-  const auto* residual = static_cast<const __nv_bfloat16*>(p.residual) + token * p.residual_stride_row;
-  if (args.wide && n + 4 <= p.n) {
-    const auto add = [&](const __nv_bfloat16* src) {
-      const uint2 raw = *reinterpret_cast<const uint2*>(src);
-      v[0] += __uint_as_float(raw.x << 16);
-      v[1] += __uint_as_float(raw.x & 0xffff0000u);
-      v[2] += __uint_as_float(raw.y << 16);
-      v[3] += __uint_as_float(raw.y & 0xffff0000u);
-    };
-    if (p.bias) add(bias + n);
-    if (p.residual) add(residual + n);
-    if (p.out_float32) {
-      float* out = static_cast<float*>(p.out) + token * p.out_stride_row + n;
-      *reinterpret_cast<float4*>(out) = make_float4(v[0], v[1], v[2], v[3]);
-    } else {
-      const __nv_bfloat162 lo = __floats2bfloat162_rn(v[0], v[1]), hi = __floats2bfloat162_rn(v[2], v[3]);
-      __nv_bfloat16* out = static_cast<__nv_bfloat16*>(p.out) + token * p.out_stride_row + n;
-      *reinterpret_cast<uint2*>(out) =
-          make_uint2(*reinterpret_cast<const uint32_t*>(&lo), *reinterpret_cast<const uint32_t*>(&hi));
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (n + i >= p.n) return;
-    if (p.bias) v[i] += to_float(bias[n + i]);
-    if (p.residual) v[i] += to_float(residual[n + i]);
-    if (p.out_float32)
-      static_cast<float*>(p.out)[token * p.out_stride_row + n + i] = v[i];
-    else
-      static_cast<__nv_bfloat16*>(p.out)[token * p.out_stride_row + n + i] = __float2bfloat16_rn(v[i]);
-  }
-}
-
-// The copies of one block, in the order in which it consumes them: stage after stage of one item, item after item.
-template <int kTokenTiles>
-struct Loader {
-  const TileArgs& args;
+// The copies of one block, stage after stage of an item, item after item, in the order in which it consumes them.
+template <int kTokens, bool kFlat>
+struct StageLoader {
+  const WgmmaArgs& args;
   const uint32_t smem;
-  const int stage_bytes, w_bytes;
-  const int k_begin, k_end;  // this part of k, in stages
-  const int item_step;
-  int item, kb;              // the next stage to copy
-  int left;                  // stages not yet asked for
-  int n_first, token_first;  // row of w and token of this thread's first copy of the item
+  const int first_part, steps, item_step;
+  int item, kb = 0;  // of the next stage to copy
+  // This thread's copies of w: at stage 0 of the item, in 16-byte chunks; and the stages in which that chunk exists, -1
+  // if the tile has no such row. Without parts the copies are a fixed step apart and one of each says all.
+  uint32_t offset[kFlat ? kCopies : 1];
+  int limit[kFlat ? kCopies : 1];
 
-  __device__ Loader(const TileArgs& a, uint32_t ring, int stage, int w, int begin, int end, int first_item, int step,
-                    int stages)
-      : args(a),
-        smem(ring),
-        stage_bytes(stage),
-        w_bytes(w),
-        k_begin(begin),
-        k_end(end),
-        item_step(step),
-        item(first_item),
-        kb(begin),
-        left(stages) {
+  __device__ StageLoader(const WgmmaArgs& a, uint32_t ring, int first, int part_steps, int first_item, int step)
+      : args(a), smem(ring), first_part(first), steps(part_steps), item_step(step), item(first_item) {
     locate();
   }
 
-  // Warp i copies rows 32i .. 32i+31 of the tile, which it also consumes, 4 rows an instruction.
-  __device__ __forceinline__ static int own_row() { return int(threadIdx.x) / 8 % 4 + int(threadIdx.x) / 32 * 32; }
+  __device__ __forceinline__ bool done() const { return item >= args.items; }
 
   __device__ __forceinline__ void locate() {
-    n_first = item / args.token_blocks * args.plan.tile_rows() + own_row();
-    token_first = item % args.token_blocks * kMaxTokenTile;
+    const LinearParams& p = args.p;
+    const int chunk = threadIdx.x % 8, chunks = p.k / 8, n0 = item / args.token_blocks * args.rows;
+#pragma unroll
+    for (int i = 0; i < (kFlat ? kCopies : 1); ++i) {
+      const int v = threadIdx.x / 8 + i * (blockDim.x / 8);
+      const int local = kFlat ? v / args.rows : 0, n = n0 + (kFlat ? v % args.rows : v);
+      limit[i] = -1;
+      if (local >= args.parts) continue;
+      const int begin = args.begin[first_part + local], end = args.begin[first_part + local + 1];
+      limit[i] = max(0, min(end - begin, (chunks - begin * kChunks - chunk + kChunks - 1) / kChunks));
+      if (kFlat && n >= p.n) limit[i] = 0;
+      offset[i] = uint32_t(int64_t(n) * chunks + begin * kChunks + chunk);
+    }
   }
 
   __device__ __forceinline__ void w(int slot) const {
-    const LinearParams& p = args.p;
-    const int row = own_row(), chunk = threadIdx.x % 8, k = kb * kStageK + chunk * 8;
-    const auto* base = static_cast<const __nv_bfloat16*>(p.w);
-    const auto* src = base + int64_t(n_first) * p.k + k;
-    const int64_t step = int64_t(4) * p.k;
-    const int rows = k < p.k ? p.n - n_first : 0;  // of w, from the first on, that exist
-    const uint32_t dst = smem + slot * stage_bytes + row * kRowBytes;
-    const uint32_t even = (chunk ^ (row & 7)) << 4, odd = even ^ 64;  // rows 4 apart differ in bit 2 of the chunk
+    const int row = threadIdx.x / 8, chunk = threadIdx.x % 8, row_step = blockDim.x / 8;
+    const uint32_t dst = smem + slot * args.stage_bytes + row * kRowBytes + ((chunk ^ (row & 7)) << 4);
+    const auto* base = static_cast<const uint4*>(args.p.w);
+    if constexpr (kFlat) {
 #pragma unroll
-    for (int i = 0; i < 8; ++i) {
-      const bool valid = 4 * i < rows;
-      cp_async16_stream(dst + 4 * i * kRowBytes + (i % 2 == 0 ? even : odd), valid ? src : base, valid);
-      src += step;
+      for (int i = 0; i < kCopies; ++i) {
+        if (limit[i] < 0) continue;
+        const bool valid = kb < limit[i];
+        cp_async16_stream(dst + i * row_step * kRowBytes, valid ? base + offset[i] + kb * kChunks : base, valid);
+      }
+    } else {
+      const int existing = kb < limit[0] ? args.p.n - item / args.token_blocks * args.rows : 0;
+      const uint4* src = base + offset[0] + kb * kChunks;
+      const int64_t step = int64_t(row_step) * (args.p.k / 8);
+#pragma unroll
+      for (int i = 0; i < kCopies; ++i) {
+        if (row + i * row_step >= args.rows) break;
+        const bool valid = row + i * row_step < existing;
+        cp_async16_stream(dst + i * row_step * kRowBytes, valid ? src : base, valid);
+        src += step;
+      }
     }
   }
 
   __device__ __forceinline__ void x(int slot) const {
     const LinearParams& p = args.p;
-    const uint32_t dst = smem + slot * stage_bytes + w_bytes;
-    for (int i = threadIdx.x; i < kTokenTiles * 64; i += blockDim.x) {
-      const int row = i / 8, chunk = i % 8, k = kb * kStageK + chunk * 8;
-      const bool valid = token_first + row < p.rows && k < p.k;
+    const uint32_t dst = smem + slot * args.stage_bytes + args.w_bytes;
+    const int token0 = item % args.token_blocks * kTokens;
+    for (int i = threadIdx.x; i < args.parts * kTokens * kChunks; i += blockDim.x) {
+      const int row = i / kChunks, chunk = i % kChunks, part = first_part + row / kTokens;
+      const int token = token0 + row % kTokens, stage = args.begin[part] + kb, k = stage * kStageK + chunk * 8;
+      const bool valid = token < p.rows && stage < args.begin[part + 1] && k < p.k;
       const auto* src = static_cast<const __nv_bfloat16*>(p.x);
-      if (valid) src += int64_t(token_first + row) * p.x_stride_row + k;
+      if (valid) src += int64_t(token) * p.x_stride_row + k;
       cp_async16(dst + row * kRowBytes + ((chunk ^ (row & 7)) << 4), src, valid);
     }
   }
 
+  // Brings stages from .. from + count - 1 of the first item as far as the L2, which is where all writes meet: right
+  // whatever an earlier kernel still writes.
+  __device__ void to_l2(int from, int count) const {
+    const LinearParams& p = args.p;
+    const int v = threadIdx.x, local = v / args.rows, n = item / args.token_blocks * args.rows + v % args.rows;
+    if (local >= args.parts || n >= p.n) return;
+    const int begin = args.begin[first_part + local], end = args.begin[first_part + local + 1];
+    const int64_t first = int64_t(begin + from) * kStageK, last = min(int64_t(min(begin + from + count, end)) * kStageK, int64_t(p.k));
+    if (first >= last) return;
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    const auto* src = static_cast<const __nv_bfloat16*>(p.w) + int64_t(n) * p.k + first;
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(src), "r"(int(last - first) * 2) : "memory");
+#endif
+  }
+
   __device__ __forceinline__ void advance() {
-    --left;
-    if (++kb == k_end) {
-      kb = k_begin;
+    if (++kb == steps) {
+      kb = 0;
       item += item_step;
       locate();
     }
   }
 
   __device__ __forceinline__ void next(int slot) {
-    if (left <= 0) return;
+    if (done()) return;
     w(slot);
     x(slot);
     advance();
   }
 };
 
-// 32 rows of w by 8 * kTokenTiles tokens by 64 k, from shared memory into a warp's accumulators.
-template <int kTokenTiles>
-__device__ __forceinline__ void multiply_stage(float (&acc)[2][kTokenTiles][4], uint32_t w_warp, uint32_t x) {
-  const int lane = threadIdx.x % 32, swizzle = lane & 7;
-  const uint32_t a_row = w_warp + (lane % 16) * kRowBytes;
-  const uint32_t b_row = x + ((lane / 16) * 8 + lane % 8) * kRowBytes;
+// A warpgroup's accumulators to shared memory, token-major: rows first .. first + 63 of `rows`.
+template <int kTokens>
+__device__ __forceinline__ void spill(const float (&acc)[kTokens / 2], float* dst, int first, int rows) {
+  const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, pitch = rows + kPad;
+  const int row = first + threadIdx.x % 128 / 32 * 16 + g;
 #pragma unroll
-  for (int step = 0; step < kStageK / 16; ++step) {
-    uint32_t a[2][4];
-    const uint32_t a_chunk = ((2 * step + lane / 16) ^ swizzle) << 4;
-    ldmatrix_x4(a[0], a_row + a_chunk);
-    ldmatrix_x4(a[1], a_row + 16 * kRowBytes + a_chunk);
-    const uint32_t b_chunk = ((2 * step + (lane / 8) % 2) ^ swizzle) << 4;
-    if constexpr (kTokenTiles == 1) {
-      uint32_t b[2];
-      ldmatrix_x2(b, x + swizzle * kRowBytes + b_chunk);
-      mma_m16n8k16(acc[0][0], a[0], b[0], b[1]);
-      mma_m16n8k16(acc[1][0], a[1], b[0], b[1]);
-    } else {
+  for (int half = 0; half < 2; ++half) {
+    if (row + 8 * half >= rows) break;
 #pragma unroll
-      for (int pair = 0; pair < kTokenTiles / 2; ++pair) {
-        uint32_t b[4];
-        ldmatrix_x4(b, b_row + pair * 16 * kRowBytes + b_chunk);
+    for (int j = 0; j < kTokens / 8; ++j) {
+      dst[(8 * j + 2 * t) * pitch + row + 8 * half] = acc[4 * j + 2 * half];
+      dst[(8 * j + 2 * t + 1) * pitch + row + 8 * half] = acc[4 * j + 2 * half + 1];
+    }
+  }
+}
+
+// part(i) is the value of part i; left to right.
+template <class F>
+__device__ __forceinline__ float4 add_parts(int splits, F part) {
+  const auto add = [](float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); };
+  const float4 p0 = part(0), p1 = part(1);
+  if (splits == 2) return add(p0, p1);
+  const float4 p2 = part(2), p3 = part(3);
+  return add(add(add(p0, p1), p2), p3);
+}
+
+// Adds and writes the parts of a flat tile.
+template <int kTokens>
+__device__ void add_in_block(const WgmmaArgs& args, const float (&acc)[kTokens / 2], float* partial, int item) {
+  const int rows = args.rows, pitch = rows + kPad;
+  spill<kTokens>(acc, partial + threadIdx.x / 128 * kTokens * pitch, 0, rows);
+  __syncthreads();
+  const int token0 = item % args.token_blocks * kTokens, n0 = item / args.token_blocks * rows;
+  const int tokens = min(args.p.rows - token0, kTokens), vectors = rows / 4;
+  for (int i = threadIdx.x; i < tokens * vectors; i += blockDim.x) {
+    const int token = i / vectors, row = i % vectors * 4;
+    if (n0 + row >= args.p.n) continue;
+    const float4 sum = add_parts(args.splits, [&](int part) {
+      return *reinterpret_cast<const float4*>(partial + (part * kTokens + token) * pitch + row);
+    });
+    finish4(args.p, args.wide, token0 + token, n0 + row, sum);
+  }
+}
+
+// Adds and writes the parts of a tall tile: each block of the cluster 1 / splits of its rows, for all tokens.
+template <int kTokens>
+__device__ void add_in_cluster(const WgmmaArgs& args, const float (&acc)[kTokens / 2], float* partial, int item,
+                               int rank) {
+  const int rows = args.rows, pitch = rows + kPad;
+  spill<kTokens>(acc, partial, threadIdx.x / 128 * 64, rows);
+  cluster_barrier();  // all partial tiles are written
+  const int token0 = item % args.token_blocks * kTokens, n0 = item / args.token_blocks * rows;
+  const int tokens = min(args.p.rows - token0, kTokens), share = rows / args.splits, vectors = share / 4;
+  for (int i = threadIdx.x; i < tokens * vectors; i += blockDim.x) {
+    const int token = i / vectors, row = rank * share + i % vectors * 4;
+    if (n0 + row >= args.p.n) continue;  // also: each load below is used before the block leaves
+    const uint32_t address = smem_address(partial + token * pitch + row);
+    finish4(args.p, args.wide, token0 + token, n0 + row,
+            add_parts(args.splits, [&](int part) { return load_cluster_float4(map_to_rank(address, part)); }));
+  }
+  cluster_barrier_after_reads();  // no block leaves while another reads its partial tile
+}
+
+// Writes a tile of one part from the accumulators.
+template <int kTokens>
+__device__ void store_tile(const WgmmaArgs& args, const float (&acc)[kTokens / 2], int item) {
+  const int lane = threadIdx.x % 32, t = lane % 4, row = threadIdx.x / 32 * 16 + lane / 4;
+  const int token0 = item % args.token_blocks * kTokens, n0 = item / args.token_blocks * args.rows;
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          mma_m16n8k16(acc[0][2 * pair + half], a[0], b[2 * half], b[2 * half + 1]);
-          mma_m16n8k16(acc[1][2 * pair + half], a[1], b[2 * half], b[2 * half + 1]);
-        }
+  for (int half = 0; half < 2; ++half) {
+    const int n = n0 + row + 8 * half;
+    if (row + 8 * half >= args.rows || n >= args.p.n) break;
+    int token = token0 + 2 * t;
+#pragma unroll
+    for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        if (token < args.p.rows) finish1(args.p, token, n, acc[4 * j + 2 * half + i]);
+        token += i == 0 ? 1 : 7;
+        asm volatile("" : "+r"(token));  // else all addresses are computed first, and do not fit the registers
       }
     }
   }
 }
 
-// One 8-token tile of a warp's accumulators to shared memory, token-major, `pitch` floats a token.
-template <int kTokenTiles>
-__device__ __forceinline__ void spill_tile(const float (&acc)[2][kTokenTiles][4], int tile, float* dst, int pitch) {
-  const int g = threadIdx.x % 32 / 4, t = threadIdx.x % 4;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    dst[2 * t * pitch + 16 * half + g] = acc[half][tile][0];
-    dst[(2 * t + 1) * pitch + 16 * half + g] = acc[half][tile][1];
-    dst[2 * t * pitch + 16 * half + g + 8] = acc[half][tile][2];
-    dst[(2 * t + 1) * pitch + 16 * half + g + 8] = acc[half][tile][3];
-  }
-}
+template <int kTokens, Cut kCut>
+__global__ void __launch_bounds__(kMaxThreads, kTokens <= 64 ? 2 : 1)
+    linear_wgmma(const __grid_constant__ WgmmaArgs args) {
+  extern __shared__ __align__(1024) uint8_t smem[];
+  const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
+  constexpr bool kFlat = kCut == Cut::kFlat, kCluster = kCut == Cut::kTall;
+  const int rank = kCluster ? int(blockIdx.x) % args.splits : 0;
+  const int first_item = kCluster ? int(blockIdx.x) / args.splits : int(blockIdx.x);
+  const int item_step = kCluster ? args.items : int(gridDim.x);
+  const int part = kFlat ? warpgroup : rank, part_steps = args.begin[part + 1] - args.begin[part];
+  int steps = part_steps;
+  if (kFlat)
+    for (int i = 0; i < args.parts; ++i) steps = max(steps, args.begin[i + 1] - args.begin[i]);
 
-__device__ __forceinline__ float4 add4(float4 a, float4 b) {
-  return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
-}
-
-// Adds the parts of a split tile. Each block of the cluster finishes 1/splits of the tile's rows, for all tokens.
-template <int kTokenTiles>
-__device__ void reduce_cluster(const TileArgs& args, const float (&acc)[2][kTokenTiles][4], float* partial, int item,
-                               int rank) {
-  const int rows = args.plan.tile_rows(), pitch = rows + kStagePad, warp = threadIdx.x / 32;
-#pragma unroll
-  for (int tile = 0; tile < kTokenTiles; ++tile)
-    spill_tile<kTokenTiles>(acc, tile, partial + tile * 8 * pitch + warp * 32, pitch);
-  cluster_barrier();  // all partial tiles are written
-
-  const int token0 = item % args.token_blocks * kMaxTokenTile;
-  const int tokens = min(args.p.rows - token0, 8 * kTokenTiles);
-  const int n0 = item / args.token_blocks * rows;
-  const int splits = args.plan.splits, share = rows / splits, vectors = share / 4;
-  for (int i = threadIdx.x; i < tokens * vectors; i += blockDim.x) {
-    const int token = i / vectors, row = rank * share + i % vectors * 4;
-    const uint32_t address = smem_address(partial + token * pitch + row);
-    const auto part = [&](int i) { return load_cluster_float4(map_to_rank(address, i)); };
-    float4 sum = part(0);
-    if (splits == 2) {
-      sum = add4(sum, part(1));
-    } else {
-      const float4 p1 = part(1), p2 = part(2), p3 = part(3);
-      sum = add4(add4(add4(sum, p1), p2), p3);
-    }
-    finish4(args, token0 + token, n0 + row, sum);
-  }
-  cluster_barrier_after_reads();  // no block leaves while another reads its partial tile
-}
-
-// Writes a whole tile that was not split: through a private patch of shared memory, so that a warp's stores are runs of
-// 32 neighbours.
-template <int kTokenTiles>
-__device__ void store_tile(const TileArgs& args, const float (&acc)[2][kTokenTiles][4], float* patch, int item) {
-  constexpr int kPitch = 32 + kStagePad;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const int token0 = item % args.token_blocks * kMaxTokenTile;
-  const int n = item / args.token_blocks * args.plan.tile_rows() + warp * 32 + lane % 8 * 4;
-#pragma unroll
-  for (int tile = 0; tile < kTokenTiles; ++tile) {
-    spill_tile<kTokenTiles>(acc, tile, patch, kPitch);
-    __syncwarp();
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int token = lane / 8 + 4 * half;
-      const float4 sum = *reinterpret_cast<const float4*>(patch + token * kPitch + lane % 8 * 4);
-      if (token0 + tile * 8 + token < args.p.rows && n < args.p.n) finish4(args, token0 + tile * 8 + token, n, sum);
-    }
-    __syncwarp();
-  }
-}
-
-template <int kTokenTiles, bool kSplit>
-__global__ void __launch_bounds__(256, kSplit ? 2 : 1) linear_tiles(const __grid_constant__ TileArgs args) {
-  extern __shared__ __align__(128) uint8_t smem[];
-  const LinearPlan& plan = args.plan;
-  const int warp = threadIdx.x / 32;
-  const int rank = kSplit ? int(blockIdx.x) % plan.splits : 0;
-  const int first_item = kSplit ? int(blockIdx.x) / plan.splits : int(blockIdx.x);
-  const int item_step = kSplit ? args.items : int(gridDim.x);
-  const int w_bytes = plan.tile_rows() * kRowBytes;
-  const int stage_bytes = w_bytes + kTokenTiles * 8 * kRowBytes;
-  const int k_begin = plan.part_begin(rank), k_end = plan.part_begin(rank + 1);
-  const int my_items = (args.items - first_item + item_step - 1) / item_step;
-
-  Loader<kTokenTiles> loader(args, smem_address(smem), stage_bytes, w_bytes, k_begin, k_end, first_item, item_step,
-                             my_items * (k_end - k_begin));
+  const uint32_t ring = smem_address(smem);
+  if (ring % 1024 != 0) __trap();
+  StageLoader<kTokens, kFlat> loader(args, ring, rank, steps, first_item, item_step);
   const int ahead = args.stages - 1;
+  if (args.early) let_next_kernel_start();
   if (args.p.w_settled) {
     // w alone before the wait: these copies join the group of the first stage, which is then complete when all are.
-    Loader<kTokenTiles> early = loader;
-    for (int s = 0; s < ahead && early.left > 0; ++s, early.advance()) early.w(s);
+    StageLoader<kTokens, kFlat> first = loader;
+    for (int s = 0; s < ahead && !first.done(); ++s, first.advance()) first.w(s);
+    if (args.l2_stages) loader.to_l2(ahead, args.l2_stages);
     wait_for_previous_kernel();
     for (int s = 0; s < ahead; ++s) {
-      if (loader.left > 0) {
+      if (!loader.done()) {
         loader.x(s);
         loader.advance();
       }
       cp_async_commit();
     }
   } else {
+    if (args.l2_stages) loader.to_l2(0, ahead + args.l2_stages);
     wait_for_previous_kernel();
     for (int s = 0; s < ahead; ++s) {
       loader.next(s);
       cp_async_commit();
     }
   }
-  let_next_kernel_start();
+  if (!args.early) let_next_kernel_start();
 
-  float acc[2][kTokenTiles][4];
-  int slot = 0, fill = ahead;
-  for (int j = 0; j < my_items; ++j) {
+  const uint32_t own_w = kFlat ? part * args.rows * kRowBytes : warpgroup * 64 * kRowBytes;
+  const uint32_t own_x = args.w_bytes + (kFlat ? part * kTokens * kRowBytes : 0);
+  float acc[kTokens / 2];
+  int slot = 0;
+  for (int item = first_item; item < args.items; item += item_step) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-#pragma unroll
-      for (int tile = 0; tile < kTokenTiles; ++tile)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) acc[half][tile][i] = 0.0f;
+    for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
 
-    for (int kb = k_begin; kb < k_end; ++kb) {
-      wait_stages(ahead - 1);
+    for (int kb = 0; kb < steps; ++kb) {
+      cp_async_wait_pending(ahead - 1);
+      fence_for_wgmma();
       // Makes this stage's copies by all threads visible, and says that all have finished the stage before, whose
       // slot is the one filled next.
       __syncthreads();
-      loader.next(fill);
+      const bool mine = kb < part_steps;
+      if (mine) {
+        const uint32_t stage = ring + slot * args.stage_bytes;
+        const uint64_t a = wgmma_operand(stage + own_w), b = wgmma_operand(stage + own_x);
+        wgmma_begin();
+#pragma unroll
+        for (int step = 0; step < kStageK / 16; ++step) wgmma_k16(acc, a + 2 * step, b + 2 * step);
+        wgmma_commit();
+      }
+      loader.next(slot == 0 ? ahead : slot - 1);
       cp_async_commit();
-      const uint32_t stage = smem_address(smem) + slot * stage_bytes;
-      multiply_stage<kTokenTiles>(acc, stage + warp * 32 * kRowBytes, stage + w_bytes);
+      wgmma_wait();
       slot = slot + 1 == args.stages ? 0 : slot + 1;
-      fill = fill + 1 == args.stages ? 0 : fill + 1;
     }
 
-    const int item = first_item + j * item_step;
-    if constexpr (kSplit) {
+    if constexpr (kCluster || kFlat) {
       cp_async_wait<0>();
       __syncthreads();  // the ring is idle: the partial tile takes its place
-      reduce_cluster<kTokenTiles>(args, acc, reinterpret_cast<float*>(smem), item, rank);
+      if constexpr (kCluster)
+        add_in_cluster<kTokens>(args, acc, reinterpret_cast<float*>(smem), item, rank);
+      else
+        add_in_block<kTokens>(args, acc, reinterpret_cast<float*>(smem), item);
     } else {
-      float* patches = reinterpret_cast<float*>(smem + args.stages * stage_bytes);
-      store_tile<kTokenTiles>(args, acc, patches + warp * 8 * (32 + kStagePad), item);
+      store_tile<kTokens>(args, acc, item);
     }
   }
 }
 
-template <int kTokenTiles, bool kSplit>
-void launch_tiles(TileArgs args, const DeviceInfo& info, cudaStream_t stream) {
-  const LinearPlan& plan = args.plan;
-  const int tile_rows = plan.tile_rows();
-  const int stage_bytes = (tile_rows + kTokenTiles * 8) * kRowBytes;
-  // A cluster's blocks must be resident together in one GPC. With room for two on a multiprocessor, all clusters of a
-  // one-wave grid are resident whatever number of multiprocessors the GPCs have.
-  const int budget = kSplit ? std::min(kSplitSmem, info.smem_optin) : info.smem_optin;
-  const int extra = kSplit ? 0 : plan.warps * 8 * (32 + kStagePad) * 4;
-  args.stages = std::min(kMaxStages, (budget - extra) / stage_bytes);
+template <int kTokens, Cut kCut>
+void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
+  constexpr bool kCluster = kCut == Cut::kTall;
+  const int groups = args.parts > 1 ? args.parts : (args.rows + 63) / 64;  // warpgroups
+  args.w_bytes = args.parts * args.rows * kRowBytes;
+  args.stage_bytes = args.w_bytes + args.parts * kTokens * kRowBytes;
+  // The last wgmma of a stage reads 64 rows though the tile may end sooner; what it reads there is not used.
+  const int beyond = (args.parts > 1 ? 64 : 64 * groups) - args.rows;
+  const int extra = std::max(0, beyond - args.parts * kTokens) * kRowBytes;
+  const int budget = kTokens > 64 ? info.smem_optin : std::min(linear_tuning.smem_kb * 1024, info.smem_optin);
+  args.stages = std::min(kMaxStages, (budget - extra) / args.stage_bytes);
   VC_CHECK(args.stages >= 2, "linear: a block may use ", info.smem_optin, " bytes of shared memory on this GPU, ",
-           2 * stage_bytes + extra, " are needed; supported are GPUs of compute capability 8.0 or later.");
-  const int partial_bytes = kSplit ? kTokenTiles * 8 * (tile_rows + kStagePad) * 4 : 0;
+           2 * args.stage_bytes + extra, " are needed.");
+  const int partial = kCluster || args.parts > 1 ? args.parts * kTokens * (args.rows + kPad) * 4 : 0;
   LaunchShape shape;
-  shape.block = dim3(unsigned(32 * plan.warps));
-  shape.smem = size_t(std::max(args.stages * stage_bytes + extra, partial_bytes));
-  shape.cluster = kSplit ? plan.splits : 1;
-  shape.grid = dim3(unsigned(kSplit ? args.items * plan.splits : std::min(args.items, info.multiprocessors)));
-  allow_all_smem<linear_tiles<kTokenTiles, kSplit>>(info);
-  launch(linear_tiles<kTokenTiles, kSplit>, shape, info, stream, args);
+  shape.block = dim3(unsigned(128 * groups));
+  shape.smem = size_t(std::max(args.stages * args.stage_bytes + extra, partial));
+  shape.cluster = kCluster ? args.splits : 1;
+  const int blocks = kCluster        ? args.items * args.splits
+                     : args.parts > 1 ? args.items
+                                      : std::min(args.items, info.multiprocessors);
+  shape.grid = dim3(unsigned(blocks));
+  allow_all_smem<linear_wgmma<kTokens, kCut>>(info);
+  launch(linear_wgmma<kTokens, kCut>, shape, info, stream, args);
 }
 
-template <bool kSplit>
-void launch_for_rows(const TileArgs& args, const DeviceInfo& info, cudaStream_t stream) {
-  const int tokens = std::min(args.p.rows, kMaxTokenTile);
-  if (tokens <= 8) return launch_tiles<1, kSplit>(args, info, stream);
-  if (tokens <= 16) return launch_tiles<2, kSplit>(args, info, stream);
-  if (tokens <= 32) return launch_tiles<4, kSplit>(args, info, stream);
-  return launch_tiles<8, kSplit>(args, info, stream);
-}
-
-bool can_access_wide(const LinearParams& p) {
-  const auto ok = [](const void* ptr, int64_t stride, int bytes) {
-    return ptr == nullptr || (reinterpret_cast<uintptr_t>(ptr) % (4 * bytes) == 0 && stride % 4 == 0);
+void linear_hopper(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream) {
+  const LinearHopperPlan plan = linear_hopper_plan(p.n, p.k);
+  WgmmaArgs args{};
+  args.p = p;
+  args.splits = plan.splits;
+  for (int i = 0; i <= plan.splits; ++i) args.begin[i] = plan.part_begin(i);
+  args.early = linear_tuning.early, args.l2_stages = linear_tuning.l2_stages;
+  args.wide = can_access_wide(p);
+  const bool flat = plan.splits > 1 && p.rows <= std::min(32, linear_tuning.flat_rows);
+  args.parts = flat ? plan.splits : 1;
+  args.rows = flat ? plan.rows / plan.splits : plan.rows;
+  const int tokens = p.rows <= 8 ? 8 : p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : p.rows <= 64 ? 64 : 128;
+  args.token_blocks = (p.rows + tokens - 1) / tokens;
+  args.items = (p.n + args.rows - 1) / args.rows * args.token_blocks;
+  const auto go = [&]<int kTokens>() {
+    if constexpr (kTokens <= 32)
+      if (flat) return launch_wgmma<kTokens, Cut::kFlat>(args, info, stream);
+    if (plan.splits > 1) return launch_wgmma<kTokens, Cut::kTall>(args, info, stream);
+    launch_wgmma<kTokens, Cut::kWalk>(args, info, stream);
   };
-  return ok(p.bias, 0, 2) && ok(p.residual, p.residual_stride_row, 2) &&
-         ok(p.out, p.out_stride_row, p.out_float32 ? 4 : 2);
+  switch (tokens) {
+    case 8:
+      return go.template operator()<8>();
+    case 16:
+      return go.template operator()<16>();
+    case 32:
+      return go.template operator()<32>();
+    case 64:
+      return go.template operator()<64>();
+    default:
+      return go.template operator()<128>();
+  }
 }
 
 }  // namespace
@@ -410,18 +402,9 @@ void linear(const LinearParams& p, cudaStream_t stream) {
   if (p.dtype == DType::kFloat32 || p.k % 8 != 0 || p.k == 0) return linear_simple(p, info, stream);
   // Another kernel for an unaligned x would be another order of addition for the same product.
   VC_CHECK(rows_aligned16(p.x, p.x_stride_row, 2) && aligned16(p.w), "linear: the rows of x (stride ", p.x_stride_row,
-           " elements) and w must start at multiples of 16 bytes; make "
-           "them contiguous.");
-  TileArgs args{};
-  args.p = p;
-  args.plan = linear_plan(p.n, p.k, info.hopper_or_later);
-  args.token_blocks = (p.rows + kMaxTokenTile - 1) / kMaxTokenTile;
-  args.items = args.plan.tiles * args.token_blocks;
-  args.wide = can_access_wide(p);
-  if (args.plan.splits > 1)
-    launch_for_rows<true>(args, info, stream);
-  else
-    launch_for_rows<false>(args, info, stream);
+           " elements) and w must start at multiples of 16 bytes; make them contiguous.");
+  if (info.hopper && linear_tuning.kernel == 1) return linear_hopper(p, info, stream);
+  linear_mma(p, info, stream);
 }
 
 }  // namespace vericache::cuda

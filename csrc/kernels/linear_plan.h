@@ -45,4 +45,44 @@ constexpr LinearPlan linear_plan(int n, int k, bool clusters) {
   return best;
 }
 
+struct LinearHopperPlan {
+  int rows;      // of w a tile; a multiple of 8 * splits
+  int splits;    // parts of k, added left to right: 1, 2 or 4
+  int k_stages;  // ceil(k / 64)
+
+  constexpr int part_begin(int i) const { return int(int64_t(k_stages) * i / splits); }
+};
+
+// For linear.cu: the same weighing with tiles of any multiple of 8 rows.
+constexpr LinearHopperPlan linear_hopper_plan(int n, int k) {
+  constexpr int kMultiprocessors = 132, kTokens = 64;
+  LinearHopperPlan best{};
+  int64_t best_cost = INT64_MAX;
+  for (const int splits : {1, 2, 4}) {
+    for (int rows = splits > 1 ? 192 : 256; rows >= 8 * splits; rows -= 8 * splits) {
+      const LinearHopperPlan plan{rows, splits, (k + 63) / 64};
+      if (splits > 1 && plan.k_stages < 4 * splits) continue;
+      const int64_t tiles = (n + rows - 1) / rows;
+      const int64_t waves = (tiles * splits + kMultiprocessors - 1) / kMultiprocessors;
+      const int64_t part = (plan.k_stages + splits - 1) / splits;
+      const int64_t bytes = (rows + kTokens) * part * 128 + (splits > 1 ? int64_t(rows) * kTokens * 8 : 0);
+      if (waves * bytes < best_cost) {
+        best_cost = waves * bytes;
+        best = plan;
+      }
+    }
+  }
+  return best;
+}
+
+// For the trial of variants.
+struct LinearTuning {
+  int kernel = 1;       // 0: mma, 1: wgmma
+  int smem_kb = 113;    // of a block
+  int flat_rows = 16;   // most tokens for which a block takes all parts of k
+  int early = 1;        // the next kernel may start before this one's wait
+  int l2_stages = 0;    // stages of w to bring to the L2 before the wait, beyond those of the ring
+};
+extern LinearTuning linear_tuning;
+
 }  // namespace vericache::cuda

@@ -8,6 +8,7 @@
 #include "device/element.cuh"
 #include "device/simple_attention.cuh"
 #include "device/split_attention.cuh"
+#include "device/warpgroup_attention.cuh"
 #include "launchers.h"
 
 namespace vericache::cuda {
@@ -60,6 +61,17 @@ int max_splits(const PagedAttentionParams& p) { return splits_for(p.max_pages * 
 template <int kHeadDim>
 void launch_for(const PagedAttentionParams& p, cudaStream_t stream) {
   const int64_t item_rows = int64_t(p.rows) * (p.q_heads / p.kv_heads);  // of all requests
+  if (attention_variant != 1 && has_wgmma()) {
+    const bool few = item_rows <= 16 * int64_t(p.requests);
+    if (item_rows > 64 * int64_t(p.requests))
+      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 2, 1>>(p, max_splits(p), false, stream);
+    else if (attention_variant == 3)
+      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 1, 1>>(p, max_splits(p), few, stream);
+    else
+      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 1, 2>>(p, max_splits(p),
+                                                                            few && attention_variant != 2, stream);
+    return;
+  }
   if (item_rows <= 16 * int64_t(p.requests))
     launch_split_attention<PagedKeys, AttentionShape<kHeadDim, 1, 1, 4>>(p, max_splits(p), stream);
   else if (item_rows <= 32 * int64_t(p.requests))
@@ -71,7 +83,10 @@ void launch_for(const PagedAttentionParams& p, cudaStream_t stream) {
 }  // namespace
 
 size_t paged_attention_workspace_bytes(const PagedAttentionParams& p) {
-  return takes_tensor_cores(p) ? split_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim) : 0;
+  if (!takes_tensor_cores(p)) return 0;
+  return std::max(split_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim),
+                  warpgroup_attention_workspace_bytes(p.rows, p.requests, p.q_heads, p.kv_heads, max_splits(p),
+                                                      p.head_dim));
 }
 
 void paged_attention(const PagedAttentionParams& p, cudaStream_t stream) {

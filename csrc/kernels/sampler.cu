@@ -35,12 +35,14 @@ constexpr float kSmallestMass = -25.7f;  // e^x is below half a unit
 constexpr int kMaxVocab = 500000;        // lane sums of 18-bit halves of masses stay below 2^32 in a one-block cluster
 
 // What a block tells its cluster in one exchange.
-struct alignas(8) Message {
+struct alignas(16) Message {
   float largest, sum, score;
   int32_t index;
   uint64_t mass;
-  uint32_t nan;
+  uint32_t nan, unused;
 };
+
+static_assert(sizeof(Message) == 32);
 
 struct Shared {
   uint32_t counts[kBins][32], mass_low[kBins][32], mass_high[kBins][32];
@@ -48,6 +50,8 @@ struct Shared {
   uint32_t bin_count[2][kBins];
   uint64_t bin_mass[2][kBins];
   Message message[2];
+  Message all[kClusterBlocks];  // what the last exchange brought, block after block
+  uint64_t total_count[kBins], total_mass[kBins];
   uint64_t mass_scratch[32];
   float score_scratch[32];
   int32_t index_scratch[32];
@@ -108,10 +112,10 @@ class RowSampler {
 
   __device__ void run() {
     softmax_pass();
-    if (nan_) return finish(-1, NAN);
+    if (nan_ || !isfinite(largest_logit_)) return finish(-1, NAN);
     const float temperature = p_.temperature[row_];
     int32_t token = argmax_;
-    if (temperature != 0.0f) {
+    if (temperature != 0.0f && isfinite(largest_logit_ / temperature)) {  // else the limit of a temperature that goes to 0
       temperature_ = temperature;
       largest_ = largest_logit_ / temperature;
       filter();
@@ -172,24 +176,25 @@ class RowSampler {
     return butterfly(best);
   }
 
-  // Publishes this block's message; f is then called with that of each block, left to right, by every thread.
-  template <class F>
-  __device__ void exchange(const Message& mine, F f) {
+  // Publishes this block's message and fetches those of all blocks into s_.all. One warp fetches, and each word it
+  // loads is stored before the block goes on: a load still in flight from a block that has left is a fault.
+  __device__ void exchange(const Message& mine) {
     Message* slot = &s_.message[turn_];
     turn_ ^= 1;
     if (threadIdx.x == 0) *slot = mine;
     cluster_barrier();
-    for (int r = 0; r < blocks_; ++r) {
-      const uint32_t at = map_to_rank(smem_address(slot), r);
-      Message m;
-      m.largest = __uint_as_float(load_cluster_u32(at + offsetof(Message, largest)));
-      m.sum = __uint_as_float(load_cluster_u32(at + offsetof(Message, sum)));
-      m.score = __uint_as_float(load_cluster_u32(at + offsetof(Message, score)));
-      m.index = int32_t(load_cluster_u32(at + offsetof(Message, index)));
-      m.mass = load_cluster_u64(at + offsetof(Message, mass));
-      m.nan = load_cluster_u32(at + offsetof(Message, nan));
-      f(m);
+    if (threadIdx.x < 2 * blocks_) {
+      const int block = threadIdx.x / 2, half = threadIdx.x % 2;
+      const uint32_t at = map_to_rank(smem_address(slot) + 16 * half, block);
+      reinterpret_cast<float4*>(&s_.all[block])[half] = load_cluster_float4(at);
     }
+    __syncthreads();
+  }
+
+  // f(message) for each block, left to right, by every thread.
+  template <class F>
+  __device__ __forceinline__ void each_message(F f) const {
+    for (int r = 0; r < blocks_; ++r) f(s_.all[r]);
   }
 
   // Largest logit, its lowest index, the sum of exp(logit - largest), and whether there is a NaN.
@@ -219,18 +224,17 @@ class RowSampler {
     __syncthreads();
     sum = block_sum(sum, s_.score_scratch);
 
-    Message mine{block_largest, sum, best.score, best.index, 0, any_nan};
+    exchange(Message{block_largest, sum, best.score, best.index, 0, any_nan, 0});
     Best all{-INFINITY, -1};
     nan_ = false;
-    exchange(mine, [&](const Message& m) {
+    each_message([&](const Message& m) {
       all.offer(m.score, m.index);
       nan_ |= m.nan != 0;
     });
     largest_logit_ = all.score;
     argmax_ = all.index;
-    // A second look, now that the largest is known: left to right over the blocks.
     sum_ = 0.0f;
-    exchange(mine, [&](const Message& m) {
+    each_message([&](const Message& m) {
       if (m.largest != -INFINITY) sum_ += m.sum * expf(m.largest - largest_logit_);
     });
   }
@@ -243,13 +247,11 @@ class RowSampler {
       uint64_t mass = 0;
       each_kept([&](float value, int32_t) { mass += mass_of(value, largest_); });
       mass = block_sum(mass, s_.mass_scratch);
+      exchange(Message{0.0f, 0.0f, 0.0f, 0, mass, 0, 0});
       uint64_t total = 0;
-      exchange(Message{0.0f, 0.0f, 0.0f, 0, mass, 0}, [&](const Message& m) { total += m.mass; });
-      // With an infinite logit the masses are those of NaN, zero: nothing to select by.
-      if (total > 0) {
-        const double target = ceil(double(top_p) * double(total));
-        select<true>(target < 1.0 ? 1 : min(uint64_t(target), total));
-      }
+      each_message([&](const Message& m) { total += m.mass; });
+      const double target = ceil(double(top_p) * double(total));
+      select<true>(target < 1.0 ? 1 : min(uint64_t(target), total));
     }
     min_p_ = min_p;
   }
@@ -314,18 +316,25 @@ class RowSampler {
       s_.bin_mass[turn][bin] = mass;
     }
     cluster_barrier();
+    if (threadIdx.x < kBins) {
+      const int bin = threadIdx.x;
+      uint64_t count = 0, mass = 0;
+      for (int r = 0; r < blocks_; ++r) {
+        count += load_cluster_u32(map_to_rank(smem_address(&s_.bin_count[turn][bin]), r));
+        if constexpr (kByMass) mass += load_cluster_u64(map_to_rank(smem_address(&s_.bin_mass[turn][bin]), r));
+      }
+      s_.total_count[bin] = count;
+      s_.total_mass[bin] = kByMass ? mass : count;
+    }
+    __syncthreads();
     if (threadIdx.x < 32) {  // lane l owns bins 255 - 8 l .. 248 - 8 l: descending
       const int lane = threadIdx.x;
       uint64_t count[8], weight[8], own = 0;
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int bin = kBins - 1 - 8 * lane - i;
-        count[i] = weight[i] = 0;
-        for (int r = 0; r < blocks_; ++r) {
-          count[i] += load_cluster_u32(map_to_rank(smem_address(&s_.bin_count[turn][bin]), r));
-          if constexpr (kByMass) weight[i] += load_cluster_u64(map_to_rank(smem_address(&s_.bin_mass[turn][bin]), r));
-        }
-        if constexpr (!kByMass) weight[i] = count[i];
+        count[i] = s_.total_count[bin];
+        weight[i] = s_.total_mass[bin];
         own += weight[i];
       }
       uint64_t before = own;  // inclusive scan, then exclusive
@@ -354,7 +363,7 @@ class RowSampler {
     if (min_p_ <= 0.0f || value >= largest_) return false;
     const float estimate = value - largest_ - logf(min_p_);
     if (fabsf(estimate) > 1e-3f) return estimate < 0.0f;
-    return exp(double(value) - double(largest_)) < double(min_p_);
+    return double(value) < double(largest_) + log(double(min_p_));
   }
 
   __device__ int32_t draw() {
@@ -388,7 +397,8 @@ class RowSampler {
     });
     best = block_best(best);
     Best all{-INFINITY, -1};
-    exchange(Message{0.0f, 0.0f, best.score, best.index, 0, 0}, [&](const Message& m) { all.offer(m.score, m.index); });
+    exchange(Message{0.0f, 0.0f, best.score, best.index, 0, 0, 0});
+    each_message([&](const Message& m) { all.offer(m.score, m.index); });
     return all.index;
   }
 
@@ -397,7 +407,7 @@ class RowSampler {
       p_.token[row_] = token;
       p_.logprob[row_] = logprob;
     }
-    cluster_barrier_after_reads();  // no block leaves while another reads its shared memory
+    cluster_barrier();  // no block leaves while another reads its shared memory
   }
 
   const SampleParams& p_;

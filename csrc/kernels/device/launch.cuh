@@ -32,12 +32,13 @@ __device__ __forceinline__ void let_next_kernel_start() {
 struct DeviceInfo {
   int device, multiprocessors, smem_optin;
   bool hopper_or_later;  // clusters and dependent launch
+  bool hopper;           // wgmma
 };
 
 // Of the current device. Reads attributes only: legal while a stream is captured.
 inline DeviceInfo device_info() {
   constexpr int kMaxDevices = 64;
-  static std::atomic<uint64_t> cache[kMaxDevices];  // multiprocessors | smem << 16 | hopper << 48; 0: not read yet
+  static std::atomic<uint64_t> cache[kMaxDevices];  // multiprocessors | smem << 16 | major << 48; 0: not read yet
   int device = 0;
   VC_CUDA_CHECK(cudaGetDevice(&device));
   uint64_t packed = device < kMaxDevices ? cache[device].load(std::memory_order_relaxed) : 0;
@@ -46,10 +47,10 @@ inline DeviceInfo device_info() {
     VC_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
     VC_CUDA_CHECK(cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     VC_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    packed = uint64_t(sms) | uint64_t(smem) << 16 | uint64_t(major >= 9) << 48;
+    packed = uint64_t(sms) | uint64_t(smem) << 16 | uint64_t(major) << 48;
     if (device < kMaxDevices) cache[device].store(packed, std::memory_order_relaxed);
   }
-  return {device, int(packed & 0xffff), int(packed >> 16 & 0xffffffff), (packed >> 48 & 1) != 0};
+  return {device, int(packed & 0xffff), int(packed >> 16 & 0xffffffff), packed >> 48 >= 9, packed >> 48 == 9};
 }
 
 // Raises a kernel's dynamic shared memory limit to the device's, once a device. One instance of `Kernel` a function.

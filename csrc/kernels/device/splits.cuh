@@ -82,6 +82,7 @@ struct Schedule {
   // Called by all threads of the block.
   __device__ void build(const typename Keys::Params& p, int rows_per_block) {
     const int group = p.q_heads / p.kv_heads;
+    const int own_position = int(threadIdx.x) < p.rows ? p.row_position[threadIdx.x] : 0;  // loads beside the offsets
     for (int r = threadIdx.x; r <= p.requests; r += blockDim.x) {
       row_offset[r] = p.row_offsets[r];
       if (r < p.requests) {
@@ -92,7 +93,7 @@ struct Schedule {
     __syncthreads();
     for (int row = threadIdx.x; row < row_offset[p.requests]; row += blockDim.x) {
       const int r = request_of(row, p.requests);
-      const int position = p.row_position[row];
+      const int position = row == int(threadIdx.x) ? own_position : p.row_position[row];
       atomicMin(&first_pos[r], position);
       atomicMax(&last_pos[r], position);
     }

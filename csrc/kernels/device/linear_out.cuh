@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+// The end of a linear kernel: bias, residual, the one rounding, the store.
+#pragma once
+
+#include <cstdint>
+
+#include "common/params.h"
+#include "device/element.cuh"
+
+namespace vericache::cuda {
+
+// One output.
+__device__ __forceinline__ void finish1(const LinearParams& p, int64_t token, int n, float v) {
+  if (p.bias) v += to_float(static_cast<const __nv_bfloat16*>(p.bias)[n]);
+  if (p.residual) v += to_float(static_cast<const __nv_bfloat16*>(p.residual)[token * p.residual_stride_row + n]);
+  if (p.out_float32)
+    static_cast<float*>(p.out)[token * p.out_stride_row + n] = v;
+  else
+    static_cast<__nv_bfloat16*>(p.out)[token * p.out_stride_row + n] = __float2bfloat16_rn(v);
+}
+
+// Bias, residual, rounding and store of four neighbouring outputs n .. n+3 of one token.
+__device__ __forceinline__ void finish4(const LinearParams& p, bool wide, int64_t token, int n, float4 sum) {
+  float v[4] = {sum.x, sum.y, sum.z, sum.w};
+  const auto* bias = static_cast<const __nv_bfloat16*>(p.bias);
+  const auto* residual = static_cast<const __nv_bfloat16*>(p.residual) + token * p.residual_stride_row;
+  if (wide && n + 4 <= p.n) {
+    const auto add = [&](const __nv_bfloat16* src) {
+      const uint2 raw = *reinterpret_cast<const uint2*>(src);
+      v[0] += __uint_as_float(raw.x << 16);
+      v[1] += __uint_as_float(raw.x & 0xffff0000u);
+      v[2] += __uint_as_float(raw.y << 16);
+      v[3] += __uint_as_float(raw.y & 0xffff0000u);
+    };
+    if (p.bias) add(bias + n);
+    if (p.residual) add(residual + n);
+    if (p.out_float32) {
+      float* out = static_cast<float*>(p.out) + token * p.out_stride_row + n;
+      *reinterpret_cast<float4*>(out) = make_float4(v[0], v[1], v[2], v[3]);
+    } else {
+      const __nv_bfloat162 lo = __floats2bfloat162_rn(v[0], v[1]), hi = __floats2bfloat162_rn(v[2], v[3]);
+      __nv_bfloat16* out = static_cast<__nv_bfloat16*>(p.out) + token * p.out_stride_row + n;
+      *reinterpret_cast<uint2*>(out) =
+          make_uint2(*reinterpret_cast<const uint32_t*>(&lo), *reinterpret_cast<const uint32_t*>(&hi));
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    if (n + i >= p.n) return;
+    if (p.bias) v[i] += to_float(bias[n + i]);
+    if (p.residual) v[i] += to_float(residual[n + i]);
+    if (p.out_float32)
+      static_cast<float*>(p.out)[token * p.out_stride_row + n + i] = v[i];
+    else
+      static_cast<__nv_bfloat16*>(p.out)[token * p.out_stride_row + n + i] = __float2bfloat16_rn(v[i]);
+  }
+}
+
+// Whether bias, residual and out can be accessed 4 elements at a time.
+inline bool can_access_wide(const LinearParams& p) {
+  const auto ok = [](const void* ptr, int64_t stride, int bytes) {
+    return ptr == nullptr || (reinterpret_cast<uintptr_t>(ptr) % (4 * bytes) == 0 && stride % 4 == 0);
+  };
+  return ok(p.bias, 0, 2) && ok(p.residual, p.residual_stride_row, 2) &&
+         ok(p.out, p.out_stride_row, p.out_float32 ? 4 : 2);
+}
+
+}  // namespace vericache::cuda
