@@ -53,9 +53,10 @@ format: $(VENV)/.made
 	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 gpu-test: build
-	$(PY) -m pytest -m cuda $(PYTEST_ARGS)
+	VERICACHE_RESULTS=bench/results $(PY) -m pytest -m cuda $(PYTEST_ARGS)
 
 gpu-bench: build
+	$(PY) -m bench.gpu_kernels
 	$(PY) -m bench.exactness --device cuda --out bench/results/exactness-gpu.json
 	$(PY) -m bench.tables
 

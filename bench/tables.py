@@ -68,9 +68,37 @@ def exactness(result: dict[str, Any]) -> str:
     return table(head, rows) + "\n" + caption + where(result["environment"])
 
 
+def kernels(result: dict[str, Any]) -> str:
+    """The table of bench/gpu_kernels.py: what each kernel is held against, and the bar we set ourselves."""
+    rows = []
+    for family in ("attention", "dense"):
+        for row in result.get(family, {}).get("bars", []):
+            us = "" if row["us"] is None else f"{row['us']:.1f}"
+            met = "yes" if row["ratio"] <= row["bar"] else "no"
+            rows.append([row["what"], us, row["against"], f"{row['ratio']:.2f}x", f"{row['bar']:.2f}x", met])
+    checks = [c for family in ("attention", "dense") for c in result.get(family, {}).get("checks", [])]
+    passed = sum(c["ok"] for c in checks)
+    caption = f"{passed} of {len(checks)} kernel checks pass (bitwise invariance, accuracy, untouched memory). "
+    head = ["kernel", "us", "against", "time", "bar", "met"]
+    return table(head, rows) + "\n" + caption + where(result["environment"])
+
+
+def engine_exactness(result: dict[str, Any]) -> str:
+    """One sentence from the GPU's random engine runs (tests/engine/test_exactness_cuda.py)."""
+    r = result["result"]
+    return (
+        f"C1 and C2 on the GPU: {r['differences']} differences in {r['tokens']:,} emitted tokens "
+        f"of {r['requests']} requests "
+        f"in {r['runs']} random runs, in which {r['drafted'] - r['matched']:,} of {r['drafted']:,} drafted tokens were "
+        "rejected. " + where(result["environment"])
+    )
+
+
 WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "exactness.json": exactness,
     "exactness-gpu.json": exactness,
+    "gpu-kernels.json": kernels,
+    "engine-exactness-gpu.json": engine_exactness,
 }
 
 

@@ -94,7 +94,7 @@ def test_over_20000_tokens_equal_the_reference() -> None:
         totals["runs"] += 1
         totals["requests"] += len(arrivals)
     totals["differences"] = len(problems)
-    _record("engine-exactness", totals)
+    _record("engine-exactness-gpu", totals)
     assert not problems, f"{len(problems)} of {totals['requests']} requests differ; the first: {problems[0]}"
     assert totals["tokens"] >= 20_000, totals
     assert totals["matched"] < totals["drafted"], "no draft was ever rejected: the runs prove little"

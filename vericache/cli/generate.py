@@ -84,7 +84,7 @@ def generate(
 
 
 def _stream(llm: LLM, prompt: str, params: SamplingParams, as_json: bool) -> int:
-    reason = None
+    error = None
     for chunk in llm.stream(prompt, params):
         if as_json:
             line = {"text": chunk.text, "token_ids": list(chunk.token_ids), "finished": chunk.finished}
@@ -92,12 +92,10 @@ def _stream(llm: LLM, prompt: str, params: SamplingParams, as_json: bool) -> int
         else:
             sys.stdout.write(chunk.text)
         sys.stdout.flush()
-        reason = chunk.finish_reason or reason
+        error = chunk.error or error
     if not as_json:
         sys.stdout.write("\n")
-    if reason == "error":
-        return complain("the request failed while it ran; run it without --stream for the reason", code=2)
-    return 0
+    return 0 if error is None else complain(error, code=2)
 
 
 def _print_outputs(llm: LLM, outputs: Sequence[RequestOutput]) -> None:

@@ -1,0 +1,138 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The CUDA kernels on this GPU: checked first, then timed beside cuDNN and cuBLAS in the same run.
+
+Builds the stand-alone programs of bench/gpu, runs the checks, and only if every check passed runs the benchmarks.
+Writes one JSON file with the machine, the checks, every time, and each bar's ratio.
+
+    python -m bench.gpu_kernels                      all of it
+    python -m bench.gpu_kernels --only attention     one family
+
+Exit code 1 if a check failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bench._env import ROOT, environment
+
+GPU = ROOT / "bench" / "gpu"
+FAMILIES = {"attention": "cudnn_baseline.py", "dense": "cublas_baseline.py"}
+ATTENTION_SHAPES = ("8x4K", "8x32K", "8x128K", "1x32K", "1x128K")
+DRAFT_BARS = {"kept 0.25": 0.30, "int8": 0.60, "int4": 0.36, "int2": 0.26}
+LINEAR_SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
+
+
+def run(command: Sequence[str], log: Path) -> int:
+    """Runs a program in bench/gpu with its output in a file; the exit code."""
+    with log.open("w") as file:
+        return subprocess.run(command, cwd=GPU, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+
+
+def times(path: Path) -> dict[str, float]:
+    """Name -> microseconds, from a benchmark's JSON."""
+    data = json.loads(path.read_text())
+    rows = data["results"] if isinstance(data, dict) else data
+    return {" ".join(row["name"].split()): row["us"] for row in rows}
+
+
+def attention_bars(ours: dict[str, float], cudnn: dict[str, float]) -> list[dict[str, Any]]:
+    """Ratios of the attention kernels to what each is held against."""
+    rows = []
+    for shape in ATTENTION_SHAPES:
+        full, library = ours.get(f"full {shape}"), cudnn.get(f"cudnn 1 rows {shape}")
+        if full and library:
+            rows.append({"what": f"full {shape}", "against": "cuDNN", "us": full, "ratio": full / library, "bar": 1.0})
+        for name, bar in DRAFT_BARS.items():
+            draft = ours.get(f"{name} {shape}")
+            if full and draft:
+                rows.append({"what": f"{name} {shape}", "against": "own full", "us": draft,
+                             "ratio": draft / full, "bar": bar})  # fmt: skip
+        verify = ours.get(f"verify 32 rows {shape}")
+        if full and verify:
+            rows.append({"what": f"verify 32 rows {shape}", "against": "own one row", "us": verify,
+                         "ratio": verify / full, "bar": 1.5})  # fmt: skip
+    return rows
+
+
+def dense_bars(ours: dict[str, float], cublas: dict[str, float]) -> list[dict[str, Any]]:
+    """Ratios of the linear kernel to cuBLAS at the same M, and their geometric mean."""
+    rows: list[dict[str, Any]] = []
+    for m in (1, 8, 64):
+        for n, k in LINEAR_SHAPES:
+            mine, library = ours.get(f"linear M={m} N={n} K={k}"), cublas.get(f"cublas M={m} N={n} K={k}")
+            if mine and library:
+                rows.append({"what": f"linear M={m} N={n} K={k}", "against": "cuBLAS", "us": mine,
+                             "ratio": mine / library, "bar": 1.05})  # fmt: skip
+    if rows:
+        mean = math.exp(sum(math.log(row["ratio"]) for row in rows) / len(rows))
+        rows.append({"what": "linear, geometric mean", "against": "cuBLAS", "us": None, "ratio": mean, "bar": 0.95})
+    return rows
+
+
+def measure(family: str, build: Path, work: Path) -> dict[str, Any]:
+    """Checks and, if they pass, times one family; the result, with the ends of the logs where something failed."""
+    check = work / f"{family}_check.json"
+    log = work / f"{family}_check.log"
+    code = run([str(build / f"{family}_check"), str(check)], log)
+    result: dict[str, Any] = {
+        "check_exit_code": code,
+        "checks": json.loads(check.read_text()) if check.exists() else [],
+    }
+    if code:
+        result["log"] = log.read_text().splitlines()[-10:]
+        return result
+    bench, baseline = work / f"{family}_bench.json", work / f"{family}_baseline.json"
+    run([str(build / f"{family}_bench"), str(bench)], work / f"{family}_bench.log")
+    run([sys.executable, FAMILIES[family], str(baseline)], work / f"{family}_baseline.log")
+    ours, theirs = times(bench), times(baseline)
+    result["us"], result["baseline_us"] = ours, theirs
+    result["bars"] = (attention_bars if family == "attention" else dense_bars)(ours, theirs)
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Builds, checks, times, writes."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--only", choices=sorted(FAMILIES), help="one family of kernels")
+    parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu", help="where the programs are built")
+    parser.add_argument("--jobs", type=int, default=16, help="compilers at once")
+    parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu-kernels.json")
+    arguments = parser.parse_args(argv)
+    build = arguments.build.resolve()
+    families = [arguments.only] if arguments.only else sorted(FAMILIES)
+    make = ["make", "-s", "-C", str(GPU), f"-j{arguments.jobs}", f"BUILD={build}", *families]
+    built = subprocess.run(make, check=False)
+    if built.returncode:
+        return built.returncode
+    with tempfile.TemporaryDirectory() as folder:
+        result: dict[str, Any] = {"environment": environment("cuda")}
+        for family in families:
+            result[family] = measure(family, build, Path(folder))
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    failed = 0
+    for family in families:
+        bad = [c for c in result[family]["checks"] if not c["ok"]]
+        code = result[family]["check_exit_code"]
+        print(f"{family}: {len(result[family]['checks'])} checks, {len(bad)} failed, exit code {code}")
+        for line in [f"  FAILED {c['check']}: {c['detail']}" for c in bad] + result[family].get("log", []):
+            print(line)
+        failed += bool(code)
+        for row in result[family].get("bars", []):
+            verdict = "ok  " if row["ratio"] <= row["bar"] else "over"
+            us = "" if row["us"] is None else f"{row['us']:9.1f} us"
+            print(f"  {verdict} {row['what']:30} {us:12} {row['ratio']:.3f}x {row['against']} (bar {row['bar']:.2f})")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
