@@ -83,7 +83,9 @@ def environment(device: str) -> dict[str, Any]:
 def _module(argv: list[str]) -> list[str]:
     # A result is published: it names no folder of the machine but the repository's own.
     words = [_portable(word) for word in argv]
-    return [words[0].removesuffix(".py").replace("/", "."), *words[1:]]
+    first = Path(argv[0]).resolve()
+    name = first.parent.name if first.name == "__main__.py" else words[0].removesuffix(".py").replace("/", ".")
+    return [name, *words[1:]]
 
 
 def _portable(word: str) -> str:

@@ -124,7 +124,9 @@ class LLM:
                     text = request.text() if done else self._safe_text(request)
                     fresh = text[len(shown) :] if text.startswith(shown) else ""
                     shown += fresh
-                    yield StreamChunk(request.id, tuple(emitted[seen:]), fresh, done, request.finish_reason, request.error)
+                    yield StreamChunk(
+                        request.id, tuple(emitted[seen:]), fresh, done, request.finish_reason, request.error
+                    )
                     seen = len(emitted)
                 if done:
                     return
