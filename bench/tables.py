@@ -97,6 +97,7 @@ def engine_exactness(result: dict[str, Any]) -> str:
 WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "exactness.json": exactness,
     "exactness-gpu.json": exactness,
+    "acceptance.json": exactness,
     "gpu-kernels.json": kernels,
     "engine-exactness-gpu.json": engine_exactness,
 }

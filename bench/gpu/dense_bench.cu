@@ -1,27 +1,117 @@
 // SPDX-License-Identifier: Apache-2.0
 // Times of the CUDA kernels other than attention: CUDA graph replays, medians, inputs rotated past the L2. The floor is
-// the bytes that must move over the copy rate measured first in the same run.
+// the bytes that must move over the copy rate measured first in the same run; for linear, which writes next to nothing,
+// over the read rate.
 //
-//   dense_bench [results.json]
+//   dense_bench [--linear] [results.json]      --linear: variants of linear alone
 #include "harness.cuh"
 #include "kernels/launchers.h"
+#include "kernels/linear_plan.h"
 
 namespace vericache::bench {
 namespace {
 
 constexpr size_t kPastL2 = size_t(400) << 20;  // bytes that one rotation walks over, at least
 double g_copy_rate = 0;                        // bytes a microsecond, read plus written
+double g_read_rate = 0;                        // bytes a microsecond, read alone
 
 int sets_for(size_t bytes) { return int(std::clamp<size_t>((kPastL2 + bytes - 1) / bytes, 2, 64)); }
 
-void copy_rate(Report& report) {
+// Eight 16-byte loads in flight a thread; what the chip's memory gives to plain code.
+template <bool kWrite>
+__global__ void __launch_bounds__(512) stream_kernel(const uint4* in, uint4* out, int64_t count) {
+  constexpr int kDeep = 8;
+  const int64_t step = int64_t(gridDim.x) * blockDim.x;
+  uint32_t folded = 0;
+  for (int64_t i = blockIdx.x * int64_t(blockDim.x) + threadIdx.x; i < count; i += kDeep * step) {
+    uint4 v[kDeep];
+#pragma unroll
+    for (int j = 0; j < kDeep; ++j) v[j] = i + j * step < count ? __ldcs(in + i + j * step) : make_uint4(0, 0, 0, 0);
+#pragma unroll
+    for (int j = 0; j < kDeep; ++j) {
+      if (kWrite && i + j * step < count) __stcs(out + i + j * step, v[j]);
+      if (!kWrite) folded ^= v[j].x ^ v[j].y ^ v[j].z ^ v[j].w;
+    }
+  }
+  if (!kWrite && folded == 0x12345679u) out[0] = make_uint4(folded, 0, 0, 0);  // keeps the loads
+}
+
+// The ceilings of this run. The runtime's own copy is shown beside them: it is slower.
+void measure_rates(Report& report) {
   const size_t bytes = size_t(1) << 30;
   const Buffer a = random_buffer<float>(bytes / 4, 1), b(bytes);
-  const double us = time_graph(4, 7, [&](int, cudaStream_t s) {
+  const double runtime_us = time_graph(4, 7, [&](int, cudaStream_t s) {
     VC_CUDA_CHECK(cudaMemcpyAsync(b.get(), a.get(), bytes, cudaMemcpyDeviceToDevice, s));
   });
-  g_copy_rate = 2.0 * bytes / us;
-  report.time("device_copy_1GiB", us, 2.0 * bytes, us);
+  report.time("cudaMemcpy 1 GiB, read + written", runtime_us, 2.0 * bytes, runtime_us);
+  double copy_us = 1e30, read_us = 1e30;
+  for (const int blocks : {264, 528, 1056, 4096}) {
+    copy_us = std::min(copy_us, time_graph(4, 7, [&](int, cudaStream_t s) {
+                         stream_kernel<true><<<blocks, 512, 0, s>>>(a.get<uint4>(), b.get<uint4>(), bytes / 16);
+                       }));
+    read_us = std::min(read_us, time_graph(4, 7, [&](int, cudaStream_t s) {
+                         stream_kernel<false><<<blocks, 512, 0, s>>>(a.get<uint4>(), b.get<uint4>(), bytes / 16);
+                       }));
+  }
+  g_copy_rate = 2.0 * bytes / copy_us;
+  g_read_rate = bytes / read_us;
+  report.time("copy kernel 1 GiB, read + written", copy_us, 2.0 * bytes, copy_us);
+  report.time("read kernel 1 GiB", read_us, bytes, read_us);
+}
+
+// Variants of linear, to decide between.
+void linear_trial(Report& report) {
+  using T = __nv_bfloat16;
+  struct Variant {
+    const char* name;
+    cuda::LinearTuning tuning;
+  };
+  // kernel, smem_kb, flat_rows, early, l2_stages, fence, once
+  const Variant variants[] = {{"mma", {0}},
+                              {"async", {1, 113, 16, 1, 0, 1}},
+                              {"async-nofence", {1, 113, 16, 1, 0, 0}},
+                              {"box", {2, 113, 16, 1, 0, 1, 0}},
+                              {"box-late", {2, 113, 16, 0, 0, 1, 0}},
+                              {"box-227", {2, 227, 16, 1, 0, 1, 0}},
+                              {"box-227late", {2, 227, 16, 0, 0, 1, 0}},
+                              {"box-75", {2, 75, 16, 1, 0, 1, 0}},
+                              {"box-l2+1", {2, 113, 16, 1, 1, 1, 0}},
+                              {"box-l2+4", {2, 113, 16, 1, 4, 1, 0}},
+                              {"box-once", {2, 113, 16, 1, 0, 1, 1}},
+                              {"box-tall", {2, 113, 0, 1, 0, 1, 0}},
+                              {"box-flat32", {2, 113, 32, 1, 0, 1, 0}}};
+  constexpr int kShapes[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {128256, 4096}};
+  for (const auto& shape : kShapes) {
+    const int n = shape[0], k = shape[1];
+    const size_t w_bytes = size_t(n) * k * 2;
+    const int sets = sets_for(w_bytes);
+    std::vector<Buffer> w;
+    for (int i = 0; i < sets; ++i) w.push_back(random_buffer<T>(size_t(n) * k, 100 + i, 0.02f));
+    const Buffer x = random_buffer<T>(size_t(512) * k, 1), out(size_t(512) * n * 4);
+    const bool logits = n > 100000;
+    for (const int rows : {1, 8, 16, 32, 64, 256}) {
+      if (rows == 256 && logits) continue;
+      for (const bool settled : {false, true}) {
+        if (settled && rows > 64) continue;
+        std::printf("trial N=%d K=%d M=%d %s:", n, k, rows, settled ? "settled" : "plain");
+        for (const Variant& v : variants) {
+          cuda::linear_tuning = v.tuning;
+          LinearParams p{};
+          p.x = x.get(), p.out = out.get(), p.x_stride_row = k, p.out_stride_row = n;
+          p.rows = rows, p.n = n, p.k = k, p.out_float32 = logits, p.dtype = DType::kBFloat16, p.w_settled = settled;
+          const double us = time_graph(std::max(sets, 12), 9, [&](int i, cudaStream_t s) {
+            p.w = w[size_t(i % sets)].get();
+            cuda::linear(p, s);
+          });
+          std::printf("  %s %.2f", v.name, us);
+          report.entry(text("{\"name\": \"trial ", v.name, settled ? " settled" : " plain", " M=", rows, " N=", n,
+                            " K=", k, "\", \"us\": ", us, "}"));
+        }
+        std::printf("\n");
+      }
+    }
+  }
+  cuda::linear_tuning = {};
 }
 
 void linear_times(Report& report, int n, int k) {
@@ -46,7 +136,7 @@ void linear_times(Report& report, int n, int k) {
       });
       const double bytes = double(w_bytes) + double(rows) * k * 2 + double(rows) * n * (logits ? 4 : 2);
       report.time(text("linear M=", rows, " N=", n, " K=", k, settled ? " w_settled" : ""), us, bytes,
-                  bytes / g_copy_rate);
+                  bytes / g_read_rate);
     }
   }
 }
@@ -214,12 +304,13 @@ void codec_times(Report& report) {
   VC_CUDA_CHECK(cudaFreeHost(pinned_raw));
 }
 
-int run(const std::string& path) {
+int run(const std::string& path, bool trial) {
   cudaDeviceProp prop;
   VC_CUDA_CHECK(cudaGetDeviceProperties(&prop, 0));
   std::printf("%s, %d multiprocessors, %d MiB of L2\n", prop.name, prop.multiProcessorCount, prop.l2CacheSize >> 20);
   Report report(path);
-  copy_rate(report);
+  measure_rates(report);
+  if (trial) return linear_trial(report), 0;
   constexpr int kShapes[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {128256, 4096}};
   for (const auto& s : kShapes) linear_times(report, s[0], s[1]);
   layer_op_times(report);
@@ -234,7 +325,8 @@ int run(const std::string& path) {
 
 int main(int argc, char** argv) {
   try {
-    return vericache::bench::run(argc > 1 ? argv[1] : "");
+    const bool trial = argc > 1 && std::strcmp(argv[1], "--linear") == 0;
+    return vericache::bench::run(argc > 1 + trial ? argv[1 + trial] : "", trial);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "dense_bench: %s\n", e.what());
     return 2;

@@ -3,7 +3,7 @@
 // specification), against double precision, and bit for bit against themselves where R1 applies. Outputs are poisoned
 // before each run; every buffer has a guard behind it. Exit status 1 if a check fails.
 //
-//   dense_check [--quick] [results.json]      --quick: small shapes only, for compute-sanitizer
+//   dense_check [--quick] [--no-linear] [results.json]      --quick: small shapes only, for compute-sanitizer
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -174,6 +174,46 @@ void linear_invariance(Report& report, int n, int k, DType dtype, bool f32_out, 
   report.check(text("linear_invariance_", n, "x", k, "_", dtype_name(dtype)), different + shuffled == 0 && control,
                text(different, " over 1..256 rows, ", shuffled, " shuffled, ", runs, " runs, control ",
                     control ? "seen" : "missed"));
+}
+
+// Every arrangement of linear gives the same bits.
+void linear_variants(Report& report, bool quick) {
+  using T = __nv_bfloat16;
+  struct Variant {
+    const char* name;
+    cuda::LinearTuning tuning;
+  };
+  // kernel, smem_kb, flat_rows, early, l2_stages, fence, once
+  const Variant variants[] = {{"async", {1, 113, 16, 1, 0, 1}}, {"async-nofence", {1, 113, 16, 1, 0, 0}},
+                              {"box-227", {2, 227, 16, 1, 0}},  {"box-75", {2, 75, 16, 0, 0}},
+                              {"box-l2", {2, 113, 16, 1, 4}},   {"box-once", {2, 113, 16, 1, 0, 1, 1}},
+                              {"box-tall", {2, 113, 0, 1, 0}},  {"box-flat32", {2, 113, 32, 1, 0}}};
+  constexpr int kShapes[][2] = {{6144, 4096}, {4096, 14336}, {28672, 4096}, {257, 520}, {1024, 1376}, {61, 72}};
+  uint64_t all[std::size(variants)] = {};
+  for (const auto& shape : kShapes) {
+    const int n = shape[0], k = shape[1], most = 140;
+    if (quick && n * k > 1 << 21) continue;
+    const Buffer x = random_buffer<T>(size_t(most) * k, 11), w = random_buffer<T>(size_t(n) * k, 12, 0.05f);
+    const Buffer want(size_t(most) * n * 2), out(size_t(most) * n * 2);
+    for (const int rows : {1, 8, 9, 16, 17, 33, 64, 65, 140}) {
+      cuda::linear_tuning = {};
+      want.poison();
+      cuda::linear(linear_params(x.get(), w.get(), want.get(), rows, n, k, DType::kBFloat16, false), nullptr);
+      for (size_t v = 0; v < std::size(variants); ++v) {
+        cuda::linear_tuning = variants[v].tuning;
+        for (const bool settled : {false, true}) {
+          out.poison();
+          LinearParams p = linear_params(x.get(), w.get(), out.get(), rows, n, k, DType::kBFloat16, false);
+          p.w_settled = settled;
+          for (int again = 0; again < 4; ++again) cuda::linear(p, nullptr);
+          all[v] += differences(out.get(), want.get(), nullptr, most, size_t(n) * 2);
+        }
+      }
+    }
+  }
+  cuda::linear_tuning = {};
+  for (size_t v = 0; v < std::size(variants); ++v)
+    report.check(text("linear_variant_", variants[v].name), all[v] == 0, text(all[v], " elements differ"));
 }
 
 // ---- norm, rope, silu: against the CPU kernels ----------------------------------------------------------------------
@@ -634,10 +674,13 @@ void codec_checks(Report& report) {
                     " round trips are not exact, ", normal_bits, " bits an element of a normal distribution"));
 }
 
-int run(const std::string& path, bool quick) {
-  Report report(path);
+void linear_checks(Report& report, bool quick) {
   linear_against_double<__nv_bfloat16, bf16>(report, DType::kBFloat16, 3e-3, quick);
+  cuda::linear_tuning.kernel = 0;
+  linear_against_double<__nv_bfloat16, bf16>(report, DType::kBFloat16, 3e-3, quick);
+  cuda::linear_tuning = {};
   linear_against_double<float, float>(report, DType::kFloat32, 2e-6, quick);
+  linear_variants(report, quick);
   constexpr int kShapes[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {8192, 8192},
                                 {257, 520},   {61, 72},     {1024, 1376},  {3072, 1024}};
   for (const auto& s : kShapes)
@@ -646,6 +689,11 @@ int run(const std::string& path, bool quick) {
   if (!quick) linear_invariance<__nv_bfloat16>(report, 128256, 4096, DType::kBFloat16, true, quick);
   linear_invariance<__nv_bfloat16>(report, 257, 61, DType::kBFloat16, false, quick);
   linear_invariance<float>(report, 768, 512, DType::kFloat32, false, quick);
+}
+
+int run(const std::string& path, bool quick, bool linear) {
+  Report report(path);
+  if (linear) linear_checks(report, quick);
   norm_checks<__nv_bfloat16, bf16>(report, DType::kBFloat16, 1e-2);
   norm_checks<float, float>(report, DType::kFloat32, 1e-5);
   rope_checks<__nv_bfloat16, bf16>(report, DType::kBFloat16, 2e-2);
@@ -668,8 +716,18 @@ int run(const std::string& path, bool quick) {
 
 int main(int argc, char** argv) {
   try {
-    const bool quick = argc > 1 && std::strcmp(argv[1], "--quick") == 0;
-    return vericache::bench::run(argc > 1 + quick ? argv[1 + quick] : "", quick);
+    bool quick = false, linear = true;
+    std::string path;
+    for (int i = 1; i < argc; ++i) {
+      const std::string arg = argv[i];
+      if (arg == "--quick")
+        quick = true;
+      else if (arg == "--no-linear")
+        linear = false;
+      else
+        path = arg;
+    }
+    return vericache::bench::run(path, quick, linear);
   } catch (const std::exception& e) {
     std::fprintf(stderr, "dense_check: %s\n", e.what());
     return 2;

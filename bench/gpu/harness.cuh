@@ -168,14 +168,14 @@ class Report {
     entry(text);
   }
   int failures() const { return failures_; }
-
- private:
   void entry(const std::string& text) {
     std::fflush(stdout);
     if (!file_) return;
     std::fprintf(file_, "%s  %s", first_ ? "" : ",\n", text.c_str());
     first_ = false;
   }
+
+ private:
   std::FILE* file_;
   bool first_ = true;
   int failures_ = 0;
