@@ -189,7 +189,15 @@ __global__ void __launch_bounds__(kLanes)
   let_next_kernel_start();
   const int lane = threadIdx.x;
   const uint32_t blocks = uint32_t(l.blocks);
-  for (uint32_t first = blockIdx.x * kUnroll; first < total; first += gridDim.x * kUnroll) {
+  // Headers are fetched once for all warps: over a link, a request for 8 bytes costs as much as one for 64. Two sets,
+  // used in turn: a set is written again only after a barrier that all reach when they have read it.
+  __shared__ uint2 headers[2][kUnroll];
+  int turn = 0;
+  for (uint32_t first = blockIdx.x * kUnroll; first < total; first += gridDim.x * kUnroll, turn ^= 1) {
+    if (lane < kUnroll && first + lane < total) {
+      const auto* packed = reinterpret_cast<const uint8_t*>(p.packed_pages[(first + lane) / blocks]);
+      headers[turn][lane] = __ldcs(reinterpret_cast<const uint2*>(packed + l.headers) + (first + lane) % blocks);
+    }
     Packed in[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
@@ -198,7 +206,12 @@ __global__ void __launch_bounds__(kLanes)
       const auto* packed = reinterpret_cast<const uint8_t*>(p.packed_pages[page]);
       in[u].plane = __ldcs(reinterpret_cast<const uint4*>(packed + l.planes + int64_t(b) * kBlock) + lane);
       in[u].codes = __ldcs(reinterpret_cast<const uint2*>(packed + l.codes + int64_t(b) * kCodeBytes) + lane);
-      const uint2 header = __ldcs(reinterpret_cast<const uint2*>(packed + l.headers) + b);
+    }
+    __syncthreads();
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u >= total) break;
+      const uint2 header = headers[turn][u];
       in[u].header = {header.x, uint16_t(header.y), uint16_t(header.y >> 16)};
     }
     bool patch = false;

@@ -10,9 +10,9 @@
 // too often, so a block takes one part of a tile `parts` times taller, a cluster has all parts and adds them over
 // distributed shared memory. One part: no adding, and one block a multiprocessor walks its tiles.
 // Block: a warpgroup for each 64 rows of its tile (tall) or for each part (flat). Warpgroup i owns all tokens.
-// Shared memory: a ring of stages of 64 k, each w [parts in block][tile rows][64] then x [parts][tokens][64] bf16, filled
-// by cp.async in the layout of device/wgmma.cuh. It takes at most half of a multiprocessor's, so that the next kernel's
-// blocks fill theirs while this one ends.
+// Shared memory: a ring of stages of 64 k, each w [parts in block][tile rows][64] then x [parts][tokens][64] bf16,
+// filled by cp.async in the layout of device/wgmma.cuh. It takes at most half of a multiprocessor's, so that the next
+// kernel's blocks fill theirs while this one ends.
 //
 // Reduction order (R1): element (token, n) is sum over parts p = 0 .. splits-1, left to right, of the chain
 // wgmma(k16 step 0), wgmma(k16 step 1), ... of part p, starting from zero; then + bias, then + residual; one rounding.
@@ -20,10 +20,12 @@
 // on neither N nor the place in the tile is held by bench/gpu/dense_check.cu (linear_invariance).
 //
 // Other GPUs take linear_mma.cu; float32 storage, and a k that is no multiple of 8, linear_simple.cu.
+#include "device/barrier.cuh"
 #include "device/cluster.cuh"
 #include "device/cp_async.cuh"
 #include "device/launch.cuh"
 #include "device/linear_out.cuh"
+#include "device/tensor_map.cuh"
 #include "device/wgmma.cuh"
 #include "launchers.h"
 #include "linear_plan.h"
@@ -40,22 +42,23 @@ namespace {
 constexpr int kStageK = 64, kChunks = kStageK / 8;  // k a stage; 16-byte chunks of a row of it
 constexpr int kRowBytes = kStageK * 2;
 constexpr int kMaxStages = 8;
-constexpr int kPad = 4;                       // floats after each token of a float32 tile: no bank conflicts
-enum class Cut { kWalk, kFlat, kTall };        // one part; all parts in a block; all parts in a cluster
+constexpr int kPad = 4;                  // floats after each token of a float32 tile: no bank conflicts
+enum class Cut { kWalk, kFlat, kTall };  // one part; all parts in a block; all parts in a cluster
 
-constexpr int kMaxThreads = 512, kCopies = 4; // 16-byte copies of w a thread and stage: 64 rows by 8 chunks a warpgroup
+constexpr int kMaxThreads = 512,
+              kCopies = 4;  // 16-byte copies of w a thread and stage: 64 rows by 8 chunks a warpgroup
 
 struct WgmmaArgs {
   LinearParams p;
-  int begin[5];      // first stage of each part of k; begin[splits] is the end
-  int splits;        // parts of k
-  int parts;         // of them in one block: splits (flat) or 1 (tall)
-  int rows;          // of w in a block's tile
+  int begin[5];  // first stage of each part of k; begin[splits] is the end
+  int splits;    // parts of k
+  int parts;     // of them in one block: splits (flat) or 1 (tall)
+  int rows;      // of w in a block's tile
   int token_blocks;
-  int items;         // tiles * token_blocks; token block fastest, so that blocks that run together share their w
-  int stages, stage_bytes, w_bytes;
-  int early, l2_stages;
-  bool wide;         // bias, residual and out can be accessed 4 elements at a time
+  int items;  // tiles * token_blocks; token block fastest, so that blocks that run together share their w
+  int stages, stage_bytes, w_bytes, barriers;  // barriers: their offset in shared memory
+  int early, l2_stages, fence, once;
+  bool wide;  // bias, residual and out can be accessed 4 elements at a time
 };
 
 // The copies of one block, stage after stage of an item, item after item, in the order in which it consumes them.
@@ -139,7 +142,8 @@ struct StageLoader {
     const int v = threadIdx.x, local = v / args.rows, n = item / args.token_blocks * args.rows + v % args.rows;
     if (local >= args.parts || n >= p.n) return;
     const int begin = args.begin[first_part + local], end = args.begin[first_part + local + 1];
-    const int64_t first = int64_t(begin + from) * kStageK, last = min(int64_t(min(begin + from + count, end)) * kStageK, int64_t(p.k));
+    const int64_t first = int64_t(begin + from) * kStageK,
+                  last = min(int64_t(min(begin + from + count, end)) * kStageK, int64_t(p.k));
     if (first >= last) return;
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     const auto* src = static_cast<const __nv_bfloat16*>(p.w) + int64_t(n) * p.k + first;
@@ -300,7 +304,7 @@ __global__ void __launch_bounds__(kMaxThreads, kTokens <= 64 ? 2 : 1)
 
     for (int kb = 0; kb < steps; ++kb) {
       cp_async_wait_pending(ahead - 1);
-      fence_for_wgmma();
+      if (args.fence) fence_for_wgmma();
       // Makes this stage's copies by all threads visible, and says that all have finished the stage before, whose
       // slot is the one filled next.
       __syncthreads();
@@ -308,6 +312,7 @@ __global__ void __launch_bounds__(kMaxThreads, kTokens <= 64 ? 2 : 1)
       if (mine) {
         const uint32_t stage = ring + slot * args.stage_bytes;
         const uint64_t a = wgmma_operand(stage + own_w), b = wgmma_operand(stage + own_x);
+        wgmma_settle(acc);
         wgmma_begin();
 #pragma unroll
         for (int step = 0; step < kStageK / 16; ++step) wgmma_k16(acc, a + 2 * step, b + 2 * step);
@@ -316,6 +321,7 @@ __global__ void __launch_bounds__(kMaxThreads, kTokens <= 64 ? 2 : 1)
       loader.next(slot == 0 ? ahead : slot - 1);
       cp_async_commit();
       wgmma_wait();
+      wgmma_settle(acc);
       slot = slot + 1 == args.stages ? 0 : slot + 1;
     }
 
@@ -332,6 +338,131 @@ __global__ void __launch_bounds__(kMaxThreads, kTokens <= 64 ? 2 : 1)
   }
 }
 
+// The copies of one block as boxes, by one thread.
+template <int kTokens>
+struct BoxLoader {
+  const WgmmaArgs& args;
+  const CUtensorMap &w_map, &x_map;
+  const uint32_t ring, barriers;
+  const int first_part, steps, item_step;
+  int item, kb = 0;  // of the next stage to copy
+
+  __device__ __forceinline__ bool done() const { return item >= args.items; }
+  __device__ __forceinline__ int part_steps(int i) const {
+    return args.begin[first_part + i + 1] - args.begin[first_part + i];
+  }
+
+  // `w`, `x`: which operands; the barrier expects both with w.
+  __device__ void copy(int slot, bool w, bool x) const {
+    const uint32_t stage = ring + slot * args.stage_bytes, barrier = barriers + 8 * slot;
+    const int n0 = item / args.token_blocks * args.rows, token0 = item % args.token_blocks * kTokens;
+    if (w) {
+      int active = 0;
+      for (int i = 0; i < args.parts; ++i) active += kb < part_steps(i);
+      mbarrier_expect(barrier, active * (args.rows + kTokens) * kRowBytes);
+    }
+    for (int i = 0; i < args.parts; ++i) {
+      if (kb >= part_steps(i)) continue;
+      const int k = (args.begin[first_part + i] + kb) * kStageK;
+      if (w && args.once) copy_box_once(stage + i * args.rows * kRowBytes, w_map, k, n0, barrier);
+      if (w && !args.once) copy_box(stage + i * args.rows * kRowBytes, w_map, k, n0, barrier);
+      if (x) copy_box(stage + args.w_bytes + i * kTokens * kRowBytes, x_map, k, token0, barrier);
+    }
+  }
+
+  __device__ void to_l2(int count) {
+    for (; count > 0 && !done(); --count, advance())
+      for (int i = 0; i < args.parts; ++i)
+        if (kb < part_steps(i))
+          box_to_l2(w_map, (args.begin[first_part + i] + kb) * kStageK, item / args.token_blocks * args.rows);
+  }
+
+  __device__ __forceinline__ void advance() {
+    if (++kb == steps) {
+      kb = 0;
+      item += item_step;
+    }
+  }
+};
+
+template <int kTokens, Cut kCut>
+__global__ void __launch_bounds__(kMaxThreads, kTokens <= 64 ? 2 : 1)
+    linear_boxes(const __grid_constant__ WgmmaArgs args, const __grid_constant__ CUtensorMap w_map,
+                 const __grid_constant__ CUtensorMap x_map) {
+  extern __shared__ __align__(1024) uint8_t smem[];
+  const int warpgroup = __shfl_sync(0xffffffffu, int(threadIdx.x) / 128, 0);
+  constexpr bool kFlat = kCut == Cut::kFlat, kCluster = kCut == Cut::kTall;
+  const int rank = kCluster ? int(blockIdx.x) % args.splits : 0;
+  const int first_item = kCluster ? int(blockIdx.x) / args.splits : int(blockIdx.x);
+  const int item_step = kCluster ? args.items : int(gridDim.x);
+  const int part = kFlat ? warpgroup : rank, part_steps = args.begin[part + 1] - args.begin[part];
+  int steps = part_steps;
+  if (kFlat)
+    for (int i = 0; i < args.parts; ++i) steps = max(steps, args.begin[i + 1] - args.begin[i]);
+
+  const uint32_t ring = smem_address(smem), barriers = ring + args.barriers;
+  if (ring % 1024 != 0) __trap();
+  BoxLoader<kTokens> loader{args, w_map, x_map, ring, barriers, rank, steps, item_step, first_item};
+  if (args.early) let_next_kernel_start();
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < args.stages; ++s) mbarrier_init(barriers + 8 * s, 1);
+    mbarrier_init_fence();
+    prefetch_map(x_map);
+    BoxLoader<kTokens> first = loader;
+    if (args.p.w_settled)
+      for (int s = 0; s < args.stages && !first.done(); ++s, first.advance()) first.copy(s, true, false);
+    if (args.l2_stages) first.to_l2(args.l2_stages + (args.p.w_settled ? 0 : args.stages));
+    wait_for_previous_kernel();
+    for (int s = 0; s < args.stages && !loader.done(); ++s, loader.advance()) loader.copy(s, !args.p.w_settled, true);
+  } else {
+    wait_for_previous_kernel();
+  }
+  if (!args.early) let_next_kernel_start();
+  __syncthreads();  // the barriers are initialized
+
+  const uint32_t own_w = kFlat ? part * args.rows * kRowBytes : warpgroup * 64 * kRowBytes;
+  const uint32_t own_x = args.w_bytes + (kFlat ? part * kTokens * kRowBytes : 0);
+  float acc[kTokens / 2];
+  int slot = 0;
+  uint32_t parity = 0;
+  for (int item = first_item; item < args.items; item += item_step) {
+#pragma unroll
+    for (int i = 0; i < kTokens / 2; ++i) acc[i] = 0.0f;
+
+    for (int kb = 0; kb < steps; ++kb) {
+      if (kb < part_steps) {
+        mbarrier_wait(barriers + 8 * slot, parity);
+        const uint32_t stage = ring + slot * args.stage_bytes;
+        const uint64_t a = wgmma_operand(stage + own_w), b = wgmma_operand(stage + own_x);
+        wgmma_settle(acc);
+        wgmma_begin();
+#pragma unroll
+        for (int step = 0; step < kStageK / 16; ++step) wgmma_k16(acc, a + 2 * step, b + 2 * step);
+        wgmma_commit();
+        wgmma_wait();
+        wgmma_settle(acc);
+      }
+      __syncthreads();  // all have used the stage
+      if (threadIdx.x == 0 && !loader.done()) {
+        loader.copy(slot, true, true);
+        loader.advance();
+      }
+      __syncwarp();
+      if (++slot == args.stages) {
+        slot = 0;
+        parity ^= 1;
+      }
+    }
+
+    if constexpr (kCluster)
+      add_in_cluster<kTokens>(args, acc, reinterpret_cast<float*>(smem), item, rank);
+    else if constexpr (kFlat)
+      add_in_block<kTokens>(args, acc, reinterpret_cast<float*>(smem), item);
+    else
+      store_tile<kTokens>(args, acc, item);
+  }
+}
+
 template <int kTokens, Cut kCut>
 void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
   constexpr bool kCluster = kCut == Cut::kTall;
@@ -342,18 +473,26 @@ void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
   const int beyond = (args.parts > 1 ? 64 : 64 * groups) - args.rows;
   const int extra = std::max(0, beyond - args.parts * kTokens) * kRowBytes;
   const int budget = kTokens > 64 ? info.smem_optin : std::min(linear_tuning.smem_kb * 1024, info.smem_optin);
-  args.stages = std::min(kMaxStages, (budget - extra) / args.stage_bytes);
+  args.stages = std::min(kMaxStages, (budget - extra - kMaxStages * 8) / args.stage_bytes);
   VC_CHECK(args.stages >= 2, "linear: a block may use ", info.smem_optin, " bytes of shared memory on this GPU, ",
            2 * args.stage_bytes + extra, " are needed.");
   const int partial = kCluster || args.parts > 1 ? args.parts * kTokens * (args.rows + kPad) * 4 : 0;
   LaunchShape shape;
   shape.block = dim3(unsigned(128 * groups));
-  shape.smem = size_t(std::max(args.stages * args.stage_bytes + extra, partial));
+  args.barriers = std::max(args.stages * args.stage_bytes + extra, partial);
+  shape.smem = size_t(args.barriers + kMaxStages * 8);
   shape.cluster = kCluster ? args.splits : 1;
-  const int blocks = kCluster        ? args.items * args.splits
+  const int blocks = kCluster         ? args.items * args.splits
                      : args.parts > 1 ? args.items
                                       : std::min(args.items, info.multiprocessors);
   shape.grid = dim3(unsigned(blocks));
+  if (linear_tuning.kernel == 2) {
+    const CUtensorMap w_map = bf16_matrix_map(args.p.w, args.p.n, args.p.k, args.p.k, args.rows);
+    const CUtensorMap x_map =
+        bf16_matrix_map(args.p.x, args.p.rows, args.p.k, args.p.rows > 1 ? args.p.x_stride_row : args.p.k, kTokens);
+    allow_all_smem<linear_boxes<kTokens, kCut>>(info);
+    return launch(linear_boxes<kTokens, kCut>, shape, info, stream, args, w_map, x_map);
+  }
   allow_all_smem<linear_wgmma<kTokens, kCut>>(info);
   launch(linear_wgmma<kTokens, kCut>, shape, info, stream, args);
 }
@@ -365,6 +504,7 @@ void linear_hopper(const LinearParams& p, const DeviceInfo& info, cudaStream_t s
   args.splits = plan.splits;
   for (int i = 0; i <= plan.splits; ++i) args.begin[i] = plan.part_begin(i);
   args.early = linear_tuning.early, args.l2_stages = linear_tuning.l2_stages;
+  args.fence = linear_tuning.fence, args.once = linear_tuning.once;
   args.wide = can_access_wide(p);
   const bool flat = plan.splits > 1 && p.rows <= std::min(32, linear_tuning.flat_rows);
   args.parts = flat ? plan.splits : 1;
@@ -403,7 +543,7 @@ void linear(const LinearParams& p, cudaStream_t stream) {
   // Another kernel for an unaligned x would be another order of addition for the same product.
   VC_CHECK(rows_aligned16(p.x, p.x_stride_row, 2) && aligned16(p.w), "linear: the rows of x (stride ", p.x_stride_row,
            " elements) and w must start at multiples of 16 bytes; make them contiguous.");
-  if (info.hopper && linear_tuning.kernel == 1) return linear_hopper(p, info, stream);
+  if (info.hopper && linear_tuning.kernel >= 1) return linear_hopper(p, info, stream);
   linear_mma(p, info, stream);
 }
 

@@ -225,7 +225,8 @@ __device__ void store_tile(const TileArgs& args, const float (&acc)[2][kTokenTil
     for (int half = 0; half < 2; ++half) {
       const int token = lane / 8 + 4 * half;
       const float4 sum = *reinterpret_cast<const float4*>(patch + token * kPitch + lane % 8 * 4);
-      if (token0 + tile * 8 + token < args.p.rows && n < args.p.n) finish4(args.p, args.wide, token0 + tile * 8 + token, n, sum);
+      if (token0 + tile * 8 + token < args.p.rows && n < args.p.n)
+        finish4(args.p, args.wide, token0 + tile * 8 + token, n, sum);
     }
     __syncwarp();
   }

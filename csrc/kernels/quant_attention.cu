@@ -13,9 +13,9 @@
 // 2t+1, 2t+8, 2t+9 of a 16-token block stand for tokens t, 4+t, 8+t, 12+t: neighbouring lanes then read neighbouring
 // rows.
 //
-// Grid: one block a multiprocessor; block: as many warps as two tiles each leave room for. Shared memory: two tiles a
-// warp, filled by cp.async one tile ahead; then the line (QuantLine).
-// Other dtypes, head_dims, page and group sizes take device/simple_attention.cuh.
+// Grid: one block a multiprocessor; block: as many warps as there is room for. Shared memory: the line (QuantLine),
+// then three halves of a tile a warp, filled by cp.async two halves ahead. Other dtypes, head_dims, page and group
+// sizes take device/simple_attention.cuh.
 #include <algorithm>
 
 #include "device/cp_async.cuh"
@@ -46,17 +46,16 @@ struct QuantShape {
   static constexpr int kMaxWarps =
       kBits == 8 ? 8 : kMostWarps;                       // 8 bits take more registers, and fewer warps find room
   static constexpr int kCodeRow = kHeadDim * kBits / 8;  // bytes
-  // A quantized tile in shared memory, offsets in bytes: the parts of the page's head blob that belong to 64 tokens.
+  // Half a tile in shared memory, keys or values: the parts of the page's head blob that belong to 64 tokens, or 16
+  // rows of the tail. Offsets in bytes.
   static constexpr int kCodes = kQuantTokens * kCodeRow;
-  static constexpr int kKeyParam = kQuantTokens / kGroup * kHeadDim * 2;
-  static constexpr int kValueParam = kQuantTokens * (kHeadDim / kGroup) * 2;
-  static constexpr int kKeyScale = kCodes, kKeyZero = kKeyScale + kKeyParam, kValues = kKeyZero + kKeyParam;
-  static constexpr int kValueScale = kValues + kCodes, kValueZero = kValueScale + kValueParam;
-  static constexpr int kQuantBytes = kValueZero + kValueParam;
-  // A tail tile: K then V of 16 tokens.
-  static constexpr int kTailHalf = kTailTokens * kHeadDim * 2;
-  static constexpr int kStageBytes = kQuantBytes > 2 * kTailHalf ? kQuantBytes : 2 * kTailHalf;
-  static_assert(kStageBytes % 128 == 0);
+  static constexpr int kParam = kQuantTokens / kGroup * kHeadDim * 2;  // of keys and of values alike
+  static constexpr int kScale = kCodes, kZero = kScale + kParam, kQuantBytes = kZero + kParam;
+  static constexpr int kTailBytes = kTailTokens * kHeadDim * 2;
+  static constexpr int kHalfBytes = kQuantBytes > kTailBytes ? kQuantBytes : kTailBytes;
+  static constexpr int kHalves = 3;  // a warp's: one at work, two on their way
+  static constexpr int kWarpBytes = kHalves * kHalfBytes;
+  static_assert(kHalfBytes % 128 == 0);
 
   static __host__ __device__ int line_bytes(int requests) { return (QuantLine::ints(requests) * 4 + 127) / 128 * 128; }
 };
@@ -71,40 +70,34 @@ __device__ __forceinline__ void copy_piece(uint32_t to, const char* from, int la
   }
 }
 
-template <class Shape>
-__device__ void copy_tile(const QuantAttentionParams& p, const QuantLine& line, const LineCursor& c, const char* page,
+// The keys or the values of the tile at `c`.
+template <class Shape, bool kValues>
+__device__ void copy_half(const QuantAttentionParams& p, const QuantLine& line, const LineCursor& c, const char* page,
                           uint32_t stage, int lane) {
   if (!c.is_tail()) {
     const int first = c.tile * kQuantTokens % p.page_size;  // within the page
     const auto layout = QuantPageLayout::make(p.kv_heads, p.page_size, Shape::kHeadDim, Shape::kBits, Shape::kGroup, 2);
     const char* blob = page + c.kv_head * layout.head_bytes;
-    const int64_t code = int64_t(first) * Shape::kCodeRow;
-    const int64_t key_param = int64_t(first) / Shape::kGroup * Shape::kHeadDim * 2;
-    const int64_t value_param = int64_t(first) * (Shape::kHeadDim / Shape::kGroup) * 2;
-    copy_piece<Shape::kCodes>(stage, blob + code, lane);
-    blob += layout.code_bytes;
-    copy_piece<Shape::kKeyParam>(stage + Shape::kKeyScale, blob + key_param, lane);
-    blob += layout.k_param_bytes;
-    copy_piece<Shape::kKeyParam>(stage + Shape::kKeyZero, blob + key_param, lane);
-    blob += layout.k_param_bytes;
-    copy_piece<Shape::kCodes>(stage + Shape::kValues, blob + code, lane);
-    blob += layout.code_bytes;
-    copy_piece<Shape::kValueParam>(stage + Shape::kValueScale, blob + value_param, lane);
-    blob += layout.v_param_bytes;
-    copy_piece<Shape::kValueParam>(stage + Shape::kValueZero, blob + value_param, lane);
+    const int64_t params = kValues ? layout.v_param_bytes : layout.k_param_bytes;
+    if (kValues) blob += layout.code_bytes + 2 * layout.k_param_bytes;
+    const int64_t param = kValues ? int64_t(first) * (Shape::kHeadDim / Shape::kGroup) * 2
+                                  : int64_t(first) / Shape::kGroup * Shape::kHeadDim * 2;
+    copy_piece<Shape::kCodes>(stage, blob + int64_t(first) * Shape::kCodeRow, lane);
+    blob += layout.code_bytes + param;
+    copy_piece<Shape::kParam>(stage + Shape::kScale, blob, lane);
+    copy_piece<Shape::kParam>(stage + Shape::kZero, blob + params, lane);
     return;
   }
   constexpr int kRowBytes = Shape::kHeadDim * 2;
   const int first = (c.tile - c.quant_tiles) * kTailTokens;
   const int valid = line.last_pos[c.request] + 1 - p.quant_len[c.request] - first;
-  const char* k = page + (int64_t(c.kv_head) * p.page_size + first % p.page_size) * kRowBytes;
-  const int64_t v_offset = int64_t(p.kv_heads) * p.page_size * kRowBytes;
+  const char* from =
+      page + (int64_t((kValues ? p.kv_heads : 0) + c.kv_head) * p.page_size + first % p.page_size) * kRowBytes;
 #pragma unroll
-  for (int i = 0; i < Shape::kTailHalf / 512; ++i) {
+  for (int i = 0; i < Shape::kTailBytes / 512; ++i) {
     const int at = (i * 32 + lane) * 16;
-    const bool exists = at / kRowBytes < valid;  // past the last token memory may hold anything: zeros instead
-    cp_async16(stage + at, k + at, exists);
-    cp_async16(stage + Shape::kTailHalf + at, k + v_offset + at, exists);
+    // Past the last token memory may hold anything: zeros instead.
+    cp_async16(stage + at, from + at, at / kRowBytes < valid);
   }
 }
 
@@ -148,8 +141,8 @@ struct QuantState {
     }
   }
 
-  // Scores in, weights out as B fragments of kBlocks blocks of 16 tokens; what was summed is rescaled.
-  template <int kBlocks>
+  // Scores in, weights out as B fragments (fp16 or bf16) of kBlocks blocks of 16 tokens; what was summed is rescaled.
+  template <int kBlocks, bool kHalf>
   __device__ __forceinline__ void weigh(const float (&s)[kBlocks][4], float c, uint32_t (&weights)[kBlocks][2]) {
     float rescale[2], reference[2];
 #pragma unroll
@@ -177,8 +170,8 @@ struct QuantState {
         w[e] = softmax_weight(s[b][e], c, reference[e % 2]);
         l[e % 2] += w[e];
       }
-      weights[b][0] = movmatrix_trans(pack_bf16(w[0], w[1]));
-      weights[b][1] = movmatrix_trans(pack_bf16(w[2], w[3]));
+      weights[b][0] = movmatrix_trans(kHalf ? pack_half(w[0], w[1]) : pack_bf16(w[0], w[1]));
+      weights[b][1] = movmatrix_trans(kHalf ? pack_half(w[2], w[3]) : pack_bf16(w[2], w[3]));
     }
   }
 
@@ -208,23 +201,25 @@ struct QuantState {
           const int word = chunk * kChunk + w;
           const int at = (group * kHeadDim + t * (kHeadDim / 4) + word * 2 * kHalf) * 2;
           uint32_t scale[kHalf], zero[kHalf];
-          load_words(scale, stage + Shape::kKeyScale + at);
-          load_words(zero, stage + Shape::kKeyZero + at);
+          load_words(scale, stage + Shape::kScale + at);
+          load_words(zero, stage + Shape::kZero + at);
 #pragma unroll
           for (int j = 0; j < kHalf; j += 2) {
             const int step = (word * kHalf + j) / 2;
             const uint32_t scale0 = pair_halves<kHalf>(scale, j), scale1 = pair_halves<kHalf>(scale, j + 1);
             const uint32_t zero0 = pair_halves<kHalf>(zero, j), zero1 = pair_halves<kHalf>(zero, j + 1);
-            if constexpr (kBits == 8) {
-              const auto p0 = PairParams<kBits>::make(scale0, zero0), p1 = PairParams<kBits>::make(scale1, zero1);
+            if constexpr (kBits == 8) {  // the same with v = 1024 + code, in fp16
+              const uint32_t q0 = pack_half(low_of(scale0) * low_of(q[step][0]), high_of(scale0) * high_of(q[step][0]));
+              const uint32_t q1 = pack_half(low_of(scale1) * low_of(q[step][1]), high_of(scale1) * high_of(q[step][1]));
+              constexpr uint32_t kMinusOne = 0xe400e400u;  // -1024
+              mma_m16n8k16_half(minus_sum, {kMinusOne, kMinusOne, kMinusOne, kMinusOne}, q0, q1);
+              mma_m16n8k16(zeros, {zero0, scale0, zero1, scale1}, q[step][0], q[step][1]);  // only c0, c1 are of use
 #pragma unroll
-              for (int b = 0; b < kGroupBlocks; ++b) {
-                const uint32_t a[4] = {dequantize_pair<kBits>(words[b][0][w], j, p0),
-                                       dequantize_pair<kBits>(words[b][1][w], j, p0),
-                                       dequantize_pair<kBits>(words[b][0][w], j + 1, p1),
-                                       dequantize_pair<kBits>(words[b][1][w], j + 1, p1)};
-                mma_m16n8k16(s[group * kGroupBlocks + b], a, q[step][0], q[step][1]);
-              }
+              for (int b = 0; b < kGroupBlocks; ++b)
+                mma_m16n8k16_half(s[group * kGroupBlocks + b],
+                                  {raw_bytes(words[b][0][w], j), raw_bytes(words[b][1][w], j),
+                                   raw_bytes(words[b][0][w], j + 1), raw_bytes(words[b][1][w], j + 1)},
+                                  q0, q1);
             } else {
               using Raw = RawCodes<kBits>;
               const uint32_t q0 = multiply_bf16x2(multiply_bf16x2(scale0, Raw::factor(j)), q[step][0]);
@@ -242,7 +237,7 @@ struct QuantState {
           }
         }
       }
-      if constexpr (kBits != 8) {
+      {
         const float offset[2] = {minus_sum[0] + zeros[0], minus_sum[1] + zeros[1]};
 #pragma unroll
         for (int b = 0; b < kGroupBlocks; ++b)
@@ -252,16 +247,18 @@ struct QuantState {
     }
   }
 
-  __device__ __forceinline__ void quant_tile(const unsigned char* stage, float c, int lane) {
-    constexpr int kHalf = Shape::kHalf, kBits = Shape::kBits, kHeadDim = Shape::kHeadDim;
-    const int g = lane / 4, t = lane % 4;
+  // A tile's keys to weights, and its values into the state.
+  __device__ __forceinline__ void quant_keys(const unsigned char* stage, float c, int lane, uint32_t (&weights)[4][2]) {
     float s[4][4] = {};
     score_tile(stage, lane, s);
-    uint32_t weights[4][2];
-    weigh<4>(s, c, weights);
+    weigh<4, Shape::kBits == 8>(s, c, weights);
+  }
 
+  __device__ __forceinline__ void quant_values(const unsigned char* stage, int lane, const uint32_t (&weights)[4][2]) {
+    constexpr int kHalf = Shape::kHalf, kBits = Shape::kBits, kHeadDim = Shape::kHeadDim;
+    const int g = lane / 4, t = lane % 4;
     constexpr int kUnits = kHeadDim / 8 * kBits / 16;  // 16-bit units of a lane's run of value channels
-    const unsigned char* codes = stage + Shape::kValues + g * (kHeadDim / 8 * kBits / 8);
+    const unsigned char* codes = stage + g * (kHeadDim / 8 * kBits / 8);
     const int param = g * (kHeadDim / 8) / Shape::kGroup * 2;
     constexpr int kParamRow = kHeadDim / Shape::kGroup * 2;
 #pragma unroll
@@ -275,7 +272,7 @@ struct QuantState {
           const auto* at = reinterpret_cast<const uint16_t*>(stage + offset + token * kParamRow + param);
           return uint32_t(at[0]) | uint32_t(at[4 * kParamRow / 2]) << 16;
         };
-        params[half] = PairParams<kBits>::make(param_pair(Shape::kValueScale), param_pair(Shape::kValueZero));
+        params[half] = PairParams<kBits>::make(param_pair(Shape::kScale), param_pair(Shape::kZero));
         const unsigned char* row = codes + token * Shape::kCodeRow;
         if constexpr (kUnits == 1) {
           pair[half][0] = uint32_t(*reinterpret_cast<const uint16_t*>(row)) |
@@ -296,14 +293,17 @@ struct QuantState {
           const uint32_t a[4] = {
               dequantize_pair<kBits>(pair[0][u], j, params[0]), dequantize_pair<kBits>(pair[0][u], j + 1, params[0]),
               dequantize_pair<kBits>(pair[1][u], j, params[1]), dequantize_pair<kBits>(pair[1][u], j + 1, params[1])};
-          mma_m16n8k16(o[(u * kHalf + j) / 2], a, weights[b][0], weights[b][1]);
+          if constexpr (kBits == 8)
+            mma_m16n8k16_half(o[(u * kHalf + j) / 2], a, weights[b][0], weights[b][1]);
+          else
+            mma_m16n8k16(o[(u * kHalf + j) / 2], a, weights[b][0], weights[b][1]);
         }
     }
   }
 
   // first: the tail index of the tile's first token; seen: how many tail tokens item rows 2t, 2t + 1 see.
-  __device__ __forceinline__ void tail_tile(const unsigned char* stage, float c, int lane, int first,
-                                            const int (&seen)[2]) {
+  __device__ __forceinline__ void tail_keys(const unsigned char* stage, float c, int lane, int first,
+                                            const int (&seen)[2], uint32_t (&weights)[4][2]) {
     constexpr int kHalf = Shape::kHalf, kRowBytes = Shape::kHeadDim * 2;
     const int g = lane / 4, t = lane % 4;
     float s[1][4] = {};
@@ -324,14 +324,19 @@ struct QuantState {
 #pragma unroll
     for (int e = 0; e < 4; ++e)
       if (first + token_of_slot(g + e / 2 * 8) >= seen[e % 2]) s[0][e] = negative_infinity();
-    uint32_t weights[1][2];
-    weigh<1>(s, c, weights);
+    uint32_t own[1][2];
+    weigh<1, false>(s, c, own);
+    weights[0][0] = own[0][0];
+    weights[0][1] = own[0][1];
+  }
 
+  __device__ __forceinline__ void tail_values(const unsigned char* stage, int lane, const uint32_t (&weights)[4][2]) {
+    constexpr int kRowBytes = Shape::kHeadDim * 2;
+    const int g = lane / 4, t = lane % 4;
     constexpr int kWords = Shape::kHeadDim / 16;
     uint32_t v[4][kWords];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      load_words(v[i], stage + Shape::kTailHalf + (t + 4 * i) * kRowBytes + g * (kRowBytes / 8));
+    for (int i = 0; i < 4; ++i) load_words(v[i], stage + (t + 4 * i) * kRowBytes + g * (kRowBytes / 8));
 #pragma unroll
     for (int n = 0; n < kWords; ++n) {
       const uint32_t a[4] = {__byte_perm(v[0][n], v[1][n], 0x5410u), __byte_perm(v[0][n], v[1][n], 0x7632u),
@@ -363,12 +368,12 @@ __global__ void __launch_bounds__(32 * Shape::kMaxWarps, 1)
   const QuantAttentionParams& p = args.p;
   unsigned char* smem = dynamic_smem();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-
   QuantLine line;
   line.place(reinterpret_cast<int*>(smem), p.requests);
+  if (!p.tables_settled) wait_for_previous_kernel();
   build_line(line, p);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
   if (blockIdx.x == 0)
     for (int i = threadIdx.x; i < QuantLine::ints(p.requests); i += blockDim.x)
       args.line[i] = reinterpret_cast<const int*>(smem)[i];
@@ -379,27 +384,33 @@ __global__ void __launch_bounds__(32 * Shape::kMaxWarps, 1)
   const int end = int(min(begin + run, int64_t(line.first_tile[p.requests])));
   if (begin >= end) return;
 
-  unsigned char* stages = smem + Shape::line_bytes(p.requests) + warp * 2 * Shape::kStageBytes;
+  unsigned char* stages = smem + Shape::line_bytes(p.requests) + warp * Shape::kWarpBytes;
   const float c = p.scale * kLog2e;
   LineCursor work, ahead;
   work.seek(line, p, int(begin));
   ahead = work;
-  copy_tile<Shape>(p, line, ahead, ahead.page(p), smem_address(stages), lane);
+  const char* page = ahead.page(p);
+  copy_half<Shape, false>(p, line, ahead, page, smem_address(stages), lane);
+  cp_async_commit();
+  copy_half<Shape, true>(p, line, ahead, page, smem_address(stages + Shape::kHalfBytes), lane);
   cp_async_commit();
   const auto step_ahead = [&](int flat) {  // to tile `flat` of the line; returns its page
     if (++ahead.tile == ahead.tiles) ahead.seek(line, p, flat);
     return ahead.page(p);
   };
-  const char* page = begin + 1 < end ? step_ahead(int(begin) + 1) : nullptr;
+  if (begin + 1 < end) page = step_ahead(int(begin) + 1);
 
   QuantState<Shape> state;
   int seen[2] = {0, 0}, rows = 0;
   bool fresh = true;
-  for (int flat = int(begin), odd = 0; flat < end; ++flat, odd ^= 1) {
-    if (flat + 1 < end)
-      copy_tile<Shape>(p, line, ahead, page, smem_address(stages + (odd ^ 1) * Shape::kStageBytes), lane);
+  int place = 0;  // of this tile's keys; its values take the next of the three, the next tile's keys the one after
+  const auto stage = [&](int after) {
+    const int at = place + after;
+    return stages + (at >= Shape::kHalves ? at - Shape::kHalves : at) * Shape::kHalfBytes;
+  };
+  for (int flat = int(begin); flat < end; ++flat) {
+    if (flat + 1 < end) copy_half<Shape, false>(p, line, ahead, page, smem_address(stage(2)), lane);
     cp_async_commit();
-    if (flat + 2 < end) page = step_ahead(flat + 2);  // on its way while this tile is worked on
     if (fresh) {
       state.start(p, line, work, lane);
       const int group = p.q_heads / p.kv_heads, query0 = line.row_offset[work.request];
@@ -412,19 +423,30 @@ __global__ void __launch_bounds__(32 * Shape::kMaxWarps, 1)
       }
       fresh = false;
     }
-    cp_async_wait<1>();
-    __syncwarp();  // every lane's copies have landed
-    const unsigned char* stage = stages + odd * Shape::kStageBytes;
+    cp_async_wait<2>();
+    __syncwarp();  // every lane's copies of the keys have landed
+    uint32_t weights[4][2];
     if (work.is_tail())
-      state.tail_tile(stage, c, lane, (work.tile - work.quant_tiles) * kTailTokens, seen);
+      state.tail_keys(stage(0), c, lane, (work.tile - work.quant_tiles) * kTailTokens, seen, weights);
     else
-      state.quant_tile(stage, c, lane);
+      state.quant_keys(stage(0), c, lane, weights);
+    __syncwarp();  // the keys have been read
+    if (flat + 1 < end) copy_half<Shape, true>(p, line, ahead, page, smem_address(stage(0)), lane);
+    cp_async_commit();
+    if (flat + 2 < end) page = step_ahead(flat + 2);  // on its way while the values are worked on
+    cp_async_wait<2>();
+    __syncwarp();
+    if (work.is_tail())
+      state.tail_values(stage(1), lane, weights);
+    else
+      state.quant_values(stage(1), lane, weights);
     if (++work.tile == work.tiles || flat + 1 == end) {
       state.write(args.partial, int64_t(worker + work.unit) * kItemRows, rows, c, lane);
       fresh = true;
       if (flat + 1 < end) work.seek(line, p, flat + 1);
     }
-    __syncwarp();  // the stage has been read and may be overwritten
+    __syncwarp();  // the values have been read
+    place = place == 0 ? 2 : place - 1;
   }
 }
 
@@ -508,7 +530,7 @@ struct SimpleQuantKeys {
 // The largest block the shape's tiles leave room for.
 template <class Shape>
 int quant_warps(const DeviceInfo& info, int requests) {
-  return std::min(Shape::kMaxWarps, (info.smem_optin - Shape::line_bytes(requests)) / (2 * Shape::kStageBytes));
+  return std::min(Shape::kMaxWarps, (info.smem_optin - Shape::line_bytes(requests)) / Shape::kWarpBytes);
 }
 
 int64_t max_units(const QuantAttentionParams& p) {
@@ -531,10 +553,10 @@ void launch_quant(const QuantAttentionParams& p, cudaStream_t stream) {
   const auto partial = PartialStates::at(p.workspace, states, Shape::kHeadDim);
   int* line = reinterpret_cast<int*>(partial.ml + states);
   allow_all_smem<kernel>(info);
-  launch(kernel,
-         {dim3(info.multiprocessors), dim3(32 * warps),
-          size_t(Shape::line_bytes(p.requests) + warps * 2 * Shape::kStageBytes)},
-         info, stream, QuantArgs{p, partial, line, workers});
+  launch(
+      kernel,
+      {dim3(info.multiprocessors), dim3(32 * warps), size_t(Shape::line_bytes(p.requests) + warps * Shape::kWarpBytes)},
+      info, stream, QuantArgs{p, partial, line, workers});
   launch(merge_states_kernel<Shape::kHeadDim, UnitRuns>, {dim3(p.q_heads, p.rows), dim3(32 * kMergeWarps)}, info,
          stream, UnitRuns{p, line, workers}, partial, static_cast<uint16_t*>(p.out));
 }

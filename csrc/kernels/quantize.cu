@@ -6,9 +6,9 @@
 // group's scale and zero NaN.
 //
 // Grid: one block a (page, head, run of `group` tokens). Block: 128 threads; a thread works on packs of 8 channels.
-// Shared memory (quantize): the run's keys, then scale and zero of each channel as floats. Keys: thread d walks down
-// channel d; values: the group / 8 threads of a group agree by shuffles. No order of addition matters: minima and
-// maxima only.
+// Keys: extremes down each channel; values: the group / 8 threads of a group agree by shuffles. No order of addition
+// matters: minima and maxima only. quantize_pages takes any shape: the run's keys lie in shared memory, thread d walks
+// down channel d. quantize_quick keeps them in registers and has a third of the instructions; both give the same bytes.
 #include <type_traits>
 
 #include "device/element.cuh"
@@ -202,6 +202,193 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// ---- the usual case: bfloat16, a run of 2 or 4 packs a thread -------------------------------------------------------
+
+// Of two bfloat16 at a time; a NaN stays.
+__device__ __forceinline__ uint32_t min_pair(uint32_t a, uint32_t b) {
+  uint32_t c;
+  asm("min.NaN.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+__device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {
+  uint32_t c;
+  asm("max.NaN.bf16x2 %0, %1, %2;" : "=r"(c) : "r"(a), "r"(b));
+  return c;
+}
+__device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
+
+// Scale and zero as Steps has them. `inverse` is 0 where the short way to a code does not hold: a scale near the ends
+// of the exponents, zero or not finite.
+template <int kBits>
+struct QuickSteps {
+  float scale, zero, inverse;
+
+  __device__ __forceinline__ QuickSteps(float low, float high) {
+    constexpr float kLevels = Steps<kBits>::kLevels, kInverse = 1.0f / kLevels;
+    const float poison = low * 0.0f + high * 0.0f;  // NaN for a NaN or an infinity
+    const float span = high - low;
+    float q = span * kInverse;  // Markstein's division, as in Steps::code
+    q = span > 1e-30f && span < 1e30f ? fmaf(fmaf(-q, kLevels, span), kInverse, q) : span / kLevels;
+    scale = round_to<__nv_bfloat16>(q + poison);
+    zero = round_to<__nv_bfloat16>(low + poison);
+    inverse = scale > 1e-30f && scale < 1e30f ? __frcp_rn(scale) : 0.0f;
+  }
+};
+
+// Codes of a pack. zero is the smallest value itself, so none is negative; scale may have been rounded down, by less
+// than 2^-8, which matters with 8 bits alone. Adding 1.5 * 2^23 rounds to an integer in the low bits of the float.
+template <int kBits>
+__device__ __forceinline__ CodeWord<kBits> encode_quick(uint4 raw, const float (&scale)[kPack],
+                                                        const float (&zero)[kPack], const float (&inverse)[kPack]) {
+  constexpr int kWords = kBits == 8 ? 2 : 1, kEach = kPack / kWords;
+  constexpr uint32_t kMagic = 0x4b400000u;
+  float x[kPack];
+  Pack<__nv_bfloat16>{raw}.unpack(x);
+  uint32_t word[kWords];
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    uint32_t offset = 0;
+    word[w] = 0;
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      const int j = w * kEach + i;
+      const float d = x[j] - zero[j];
+      float q = d * inverse[j];
+      q = fmaf(fmaf(-q, scale[j], d), inverse[j], q);
+      if (kBits == 8) q = fminf(q, Steps<kBits>::kLevels);
+      word[w] += __float_as_uint(__fadd_rn(q, __uint_as_float(kMagic))) << (kBits * i);
+      offset += kMagic << (kBits * i);
+    }
+    word[w] -= offset;
+  }
+  if constexpr (kBits == 8)
+    return word[0] | uint64_t(word[1]) << 32;
+  else
+    return CodeWord<kBits>(word[0]);
+}
+
+// The same for any scale. One element at a time: it is rare, and should cost the other way no registers.
+template <int kBits, class F>
+__device__ __forceinline__ CodeWord<kBits> encode_careful(uint4 raw, F scale_and_zero) {
+  uint64_t low = raw.x | uint64_t(raw.y) << 32, high = raw.z | uint64_t(raw.w) << 32;
+  CodeWord<kBits> word = 0;
+#pragma unroll 1
+  for (int j = 0; j < kPack; ++j) {
+    const float2 s = scale_and_zero(j);
+    Steps<kBits> steps;
+    steps.set(s.x, s.y);
+    word |= CodeWord<kBits>(steps.code(low_half(uint32_t(low)))) << (j * kBits);
+    low = low >> 16 | high << 48, high >>= 16;
+  }
+  return word;
+}
+
+template <int kBits, int kPacks>
+__global__ void __launch_bounds__(kThreads)
+    quantize_quick(const __grid_constant__ QuantizeParams p, const __grid_constant__ QuantPageLayout layout) {
+  using T = __nv_bfloat16;
+  constexpr int kWarps = kThreads / 32;
+  __shared__ uint4 lows[kWarps * kMaxHeadDim / kPack], highs[kWarps * kMaxHeadDim / kPack];
+  __shared__ __align__(16) float scales[kMaxHeadDim], zeros[kMaxHeadDim], inverses[kMaxHeadDim];
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+  const Place at(p);
+  const int dim = p.head_dim, packs = dim / kPack, group = p.group;
+  const int64_t head_size = int64_t(p.page_size) * dim, run_offset = int64_t(at.run) * group * dim;
+  const T* keys = reinterpret_cast<const T*>(p.full_pages[at.page]) + at.head * head_size + run_offset;
+  const T* values = keys + p.kv_heads * head_size;
+  const HeadBlob<T> blob(p.quant_pages[at.page], layout, at.head);
+  const int row0 = at.run * group, row_bytes = dim * kBits / 8, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  // Pack i of this thread: channels 8 pack .. 8 pack + 7 of row first_row + i * row_step.
+  const int pack = threadIdx.x % packs, first_row = threadIdx.x / packs, row_step = kThreads / packs;
+
+  uint4 k[kPacks], v[kPacks];
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) k[i] = __ldcs(reinterpret_cast<const uint4*>(keys) + threadIdx.x + i * kThreads);
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) v[i] = __ldcs(reinterpret_cast<const uint4*>(values) + threadIdx.x + i * kThreads);
+
+  uint4 low = k[0], high = k[0];
+  const auto widen = [&](uint4 a, uint4 b) {
+    low.x = min_pair(low.x, a.x), low.y = min_pair(low.y, a.y), low.z = min_pair(low.z, a.z);
+    low.w = min_pair(low.w, a.w), high.x = max_pair(high.x, b.x), high.y = max_pair(high.y, b.y);
+    high.z = max_pair(high.z, b.z), high.w = max_pair(high.w, b.w);
+  };
+#pragma unroll
+  for (int i = 1; i < kPacks; ++i) widen(k[i], k[i]);
+  for (int mask = packs; mask < 32; mask *= 2) {  // the lanes of the same channels
+    const auto other = [&](uint4 x) {
+      return make_uint4(__shfl_xor_sync(0xffffffffu, x.x, mask), __shfl_xor_sync(0xffffffffu, x.y, mask),
+                        __shfl_xor_sync(0xffffffffu, x.z, mask), __shfl_xor_sync(0xffffffffu, x.w, mask));
+    };
+    const uint4 a = other(low), b = other(high);
+    widen(a, b);
+  }
+  if (lane < packs) {
+    lows[warp * packs + lane] = low;
+    highs[warp * packs + lane] = high;
+  }
+
+  const int members = group / kPack, groups = dim / group;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    uint32_t a = min_pair(min_pair(v[i].x, v[i].y), min_pair(v[i].z, v[i].w));
+    uint32_t b = max_pair(max_pair(v[i].x, v[i].y), max_pair(v[i].z, v[i].w));
+    for (int mask = members / 2; mask > 0; mask /= 2) {
+      a = min_pair(a, __shfl_xor_sync(0xffffffffu, a, mask));
+      b = max_pair(b, __shfl_xor_sync(0xffffffffu, b, mask));
+    }
+    a = min_pair(a, a >> 16 | a << 16);
+    b = max_pair(b, b >> 16 | b << 16);
+    const QuickSteps<kBits> steps(low_half(a), low_half(b));
+    const int row = row0 + first_row + i * row_step;
+    if (pack % members == 0) {
+      blob.v_scale[int64_t(row) * groups + pack / members] = from_float<T>(steps.scale);
+      blob.v_zero[int64_t(row) * groups + pack / members] = from_float<T>(steps.zero);
+    }
+    CodeWord<kBits> word;
+    if (steps.inverse != 0.0f) {
+      float scale[kPack], zero[kPack], inverse[kPack];
+#pragma unroll
+      for (int j = 0; j < kPack; ++j) scale[j] = steps.scale, zero[j] = steps.zero, inverse[j] = steps.inverse;
+      word = encode_quick<kBits>(v[i], scale, zero, inverse);
+    } else {
+      word = encode_careful<kBits>(v[i], [&](int) { return make_float2(steps.scale, steps.zero); });
+    }
+    *reinterpret_cast<CodeWord<kBits>*>(blob.v_codes + int64_t(row) * row_bytes + pack * kBits) = word;
+  }
+
+  __syncthreads();
+  for (int d = threadIdx.x; d < dim; d += kThreads) {
+    const auto* all_lows = reinterpret_cast<const uint16_t*>(lows);
+    const auto* all_highs = reinterpret_cast<const uint16_t*>(highs);
+    uint32_t a = all_lows[d], b = all_highs[d];
+#pragma unroll
+    for (int w = 1; w < kWarps; ++w) a = min_pair(a, all_lows[w * dim + d]), b = max_pair(b, all_highs[w * dim + d]);
+    const QuickSteps<kBits> steps(low_half(a), low_half(b));
+    scales[d] = steps.scale, zeros[d] = steps.zero, inverses[d] = steps.inverse;
+    blob.k_scale[int64_t(at.run) * dim + d] = from_float<T>(steps.scale);
+    blob.k_zero[int64_t(at.run) * dim + d] = from_float<T>(steps.zero);
+  }
+  __syncthreads();
+
+  float scale[kPack], zero[kPack], inverse[kPack];
+  load8(scales + pack * kPack, scale);
+  load8(zeros + pack * kPack, zero);
+  load8(inverses + pack * kPack, inverse);
+  bool quick = true;
+#pragma unroll
+  for (int j = 0; j < kPack; ++j) quick &= inverse[j] != 0.0f;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const int64_t row = row0 + first_row + i * row_step;
+    *reinterpret_cast<CodeWord<kBits>*>(blob.k_codes + row * row_bytes + pack * kBits) =
+        quick ? encode_quick<kBits>(k[i], scale, zero, inverse) : encode_careful<kBits>(k[i], [&](int j) {
+          return make_float2(scales[pack * kPack + j], zeros[pack * kPack + j]);
+        });
+  }
+}
+
 template <class T, int kBits>
 __global__ void __launch_bounds__(kThreads)
     dequantize_pages(const __grid_constant__ QuantizeParams p, const __grid_constant__ QuantPageLayout layout) {
@@ -255,6 +442,13 @@ void launch_pages(const QuantizeParams& p, bool quantize, cudaStream_t stream) {
   shape.grid = dim3(unsigned(int64_t(p.pages) * p.kv_heads * (p.page_size / p.group)));
   shape.block = dim3(kThreads);
   if (!quantize) return launch(dequantize_pages<T, kBits>, shape, info, stream, p, layout);
+  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+    const int packs = p.head_dim / kPack, total = p.group * packs;
+    if (packs == 8 || packs == 16 || packs == 32) {
+      if (total == 2 * kThreads) return launch(quantize_quick<kBits, 2>, shape, info, stream, p, layout);
+      if (total == 4 * kThreads) return launch(quantize_quick<kBits, 4>, shape, info, stream, p, layout);
+    }
+  }
   shape.smem = size_t(p.group) * p.head_dim * sizeof(T) + size_t(p.head_dim) * 8;
   VC_CHECK(int64_t(shape.smem) <= info.smem_optin, "kv_quantize: a group of ", p.group, " tokens needs ", shape.smem,
            " bytes of shared memory, this GPU has ", info.smem_optin, "; use a smaller group.");

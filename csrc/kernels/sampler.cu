@@ -115,7 +115,8 @@ class RowSampler {
     if (nan_ || !isfinite(largest_logit_)) return finish(-1, NAN);
     const float temperature = p_.temperature[row_];
     int32_t token = argmax_;
-    if (temperature != 0.0f && isfinite(largest_logit_ / temperature)) {  // else the limit of a temperature that goes to 0
+    if (temperature != 0.0f &&
+        isfinite(largest_logit_ / temperature)) {  // else the limit of a temperature that goes to 0
       temperature_ = temperature;
       largest_ = largest_logit_ / temperature;
       filter();

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "common/params.h"
-#include "device/element.cuh"
+#include "element.cuh"
 
 namespace vericache::cuda {
 

@@ -13,10 +13,13 @@
 
 namespace vericache::cuda {
 
-// Values (and keys of 8 bits). x = code * scale + zero as one bf16 fma (2 and 4 bits): the code goes to the top of the
+__device__ __forceinline__ float low_of(uint32_t bf16_pair) { return __uint_as_float(bf16_pair << 16); }
+__device__ __forceinline__ float high_of(uint32_t bf16_pair) { return __uint_as_float(bf16_pair & 0xffff0000u); }
+__device__ __forceinline__ uint32_t half_from_bf16(uint32_t pair) { return pack_half(low_of(pair), high_of(pair)); }
+
+// Values. x = code * scale + zero as one bf16 fma (2 and 4 bits): the code goes to the top of the
 // mantissa of 1.0, which makes it 1 + code / 2^bits exactly, so x = fma(that, scale * 2^bits, zero - scale * 2^bits).
-// The product by 2^bits is exact; the offset rounds once, to within 2^-9 of the group's range. 8 bits need more and go
-// through float32.
+// The product by 2^bits is exact; the offset rounds once, to within 2^-9 of the group's range.
 template <int kBits>
 struct PairParams {
   uint32_t slope, offset;
@@ -30,31 +33,26 @@ struct PairParams {
   }
 };
 
+// 8 bits go through fp16, whose 11 bits hold 1024 + code; products with them are fp16 too.
 template <>
 struct PairParams<8> {
-  float slope[2], offset[2];
+  uint32_t slope, offset;
 
-  // The code sits at bits 8-15 of the mantissa of 1.0f: 1 + code / 2^15.
   __device__ __forceinline__ static PairParams make(uint32_t scale, uint32_t zero) {
-    PairParams p;
-    const float s[2] = {__uint_as_float(scale << 16), __uint_as_float(scale & 0xffff0000u)};
-    const float z[2] = {__uint_as_float(zero << 16), __uint_as_float(zero & 0xffff0000u)};
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      p.slope[i] = s[i] * 32768.f;
-      p.offset[i] = z[i] - p.slope[i];
-    }
-    return p;
+    return {half_from_bf16(scale), half_from_bf16(zero)};
   }
 };
+
+// 1024 + code for codes j and j + 2 of a word of bytes, fp16.
+__device__ __forceinline__ uint32_t raw_bytes(uint32_t word, int j) {
+  return __byte_perm(word, 0x64646464u, 0x4240u + uint32_t(j) * 0x101u);
+}
 
 // Register j of a word: values of code j and code j + kHalf.
 template <int kBits>
 __device__ __forceinline__ uint32_t dequantize_pair(uint32_t word, int j, const PairParams<kBits>& p) {
   if constexpr (kBits == 8) {
-    const float low = __uint_as_float(__byte_perm(word, 0x3f800000u, 0x7604u + (uint32_t(j) << 4)));
-    const float high = __uint_as_float(__byte_perm(word, 0x3f800000u, 0x7604u + (uint32_t(j + 2) << 4)));
-    return pack_bf16(fmaf(low, p.slope[0], p.offset[0]), fmaf(high, p.slope[1], p.offset[1]));
+    return fma_half2(add_half2(raw_bytes(word, j), 0xe400e400u), p.slope, p.offset);
   } else {
     constexpr int kTop = 7 - kBits;  // where the code must sit
     constexpr uint32_t kMask = ((1u << kBits) - 1) << kTop, kMasks = kMask | kMask << 16;

@@ -10,8 +10,8 @@
 // bytes] in the hardware's 128-byte swizzle; barriers; tags; the schedule. Tokens that must not be read are zero-filled
 // by the copy, so memory past a request's last token may hold anything.
 //
-// Producers keep kLag slots in flight: a slot is announced (full) when its copies have landed and been fenced for
-// wgmma, by each thread for its own.
+// A slot is full when all copies into it have landed; consumers then fence for wgmma, which reads by another proxy.
+// (args.fences, for the benchmark: producers wait for their own copies, kLag slots behind, fence and announce.)
 //
 // Reduction order (R1). Per row and split: tiles of 64 tokens in order, cut at absolute multiples of 64. A score is the
 // chain of wgmma k-steps over channels 0-15, 16-31, ...; the weights of a tile enter o as the chain over its tokens
@@ -27,13 +27,11 @@
 #include <atomic>
 #include <cstdint>
 
+#include "attention_variant.h"
 #include "split_attention.cuh"
 #include "wgmma_rs.cuh"
 
 namespace vericache::cuda {
-
-// For the benchmark: 0 the default, 1 split_attention.cuh, 2 a merge kernel always, 3 one block a multiprocessor.
-inline int attention_variant = 0;
 
 template <int kHeadDim_, int kWarpgroups_, int kBlocks_>
 struct WarpgroupShape {
@@ -44,7 +42,7 @@ struct WarpgroupShape {
   static constexpr int kParts = kHeadDim / 64, kPartBytes = kTileTokens * 128;
   static constexpr int kSlotBytes = kParts * kPartBytes;
   static constexpr int kSlots = 192 * 1024 / kBlocks / kSlotBytes, kLag = kSlots - 2;
-  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 216 : 192, kProducerRegisters = kWarpgroups == 2 ? 72 : 56;
+  static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 216 : 184, kProducerRegisters = 72;
   static constexpr bool kMovesRegisters = kWarpgroups == 2 || kBlocks == 2;
 };
 
@@ -68,6 +66,7 @@ struct WarpgroupArgs {
   TaggedCounter* work;    // items handed out beyond the first of each block
   TaggedCounter* merges;  // by unit (row block, request, KV head): splits finished; null: a kernel merges
   int max_splits;
+  int fences;  // 0: by consumers, 1: by producers, 2: none
 };
 
 template <class Shape>
@@ -102,8 +101,8 @@ __device__ void merge_row(const PartialStates& partial, int64_t first, int begin
       ml[i] = mine ? __ldcg(partial.ml + first + s) : make_float2(negative_infinity(), 0.f);
 #pragma unroll
       for (int j = 0; j < kPer / 2; ++j)
-        values[i][j] = mine ? __ldcg(reinterpret_cast<const float2*>(o_from + int64_t(s) * kHeadDim) + j)
-                            : make_float2(0.f, 0.f);
+        values[i][j] =
+            mine ? __ldcg(reinterpret_cast<const float2*>(o_from + int64_t(s) * kHeadDim) + j) : make_float2(0.f, 0.f);
     }
     if (!reduced) {
       for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
@@ -157,7 +156,7 @@ struct WarpgroupBlock {
 
   __device__ void init_barriers() const {
     if (threadIdx.x < Shape::kSlots) {
-      mbarrier_init(full + 8 * threadIdx.x, 32 * Shape::kProducerWarps);
+      mbarrier_init(full + 8 * threadIdx.x, 32 * Shape::kProducerWarps + 1);  // + 1: the tag's writer
       mbarrier_init(empty + 8 * threadIdx.x, Shape::kConsumerWarps);
     }
   }
@@ -172,8 +171,8 @@ struct WarpgroupBlock {
   }
   __device__ TaggedCounter* merge_counter(int request, int row_block, int kv_head) const {
     const int group = args.p.q_heads / args.p.kv_heads;
-    return args.merges +
-           (schedule.row_offset[request] * group / Shape::kRows + request + row_block) * args.p.kv_heads + kv_head;
+    return args.merges + (schedule.row_offset[request] * group / Shape::kRows + request + row_block) * args.p.kv_heads +
+           kv_head;
   }
   __device__ int row_blocks(int request) const {
     const int rows = schedule.row_offset[request + 1] - schedule.row_offset[request];
@@ -319,6 +318,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce(int warp) const {
       if (writes_tags) {
         tags[ring.slot].item = tag.item;
         tags[ring.slot].token = tag.token;
+        mbarrier_arrive(full + 8 * ring.slot);
       }
       const uint32_t slot = ring_base + uint32_t(ring.slot * Shape::kSlotBytes + chunk / 8 * Shape::kPartBytes);
       const char* from = here.k + (part ? here.v_offset : 0) + lane * 16;
@@ -326,15 +326,22 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce(int warp) const {
       for (int j = 0; j < kGranuleTokens / kTokensAnInstruction; ++j)
         cp_async16_stream(swizzled(slot, row0 + j * kTokensAnInstruction, 128, chunk % 8), from + j * 512,
                           lane / kRowChunks + j * kTokensAnInstruction < here.valid);
-      cp_async_commit();
-      ++in_flight;
-      announce<Shape::kLag>(landed, in_flight);
+      if (args.fences == 1) {
+        cp_async_commit();
+        ++in_flight;
+        announce<Shape::kLag>(landed, in_flight);
+      } else {
+        mbarrier_arrive_after_copies(full + 8 * ring.slot);
+      }
       ring.next(Shape::kSlots);
     }
   }
   announce_rest<Shape::kLag - 1>(landed, in_flight);
   mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
-  if (writes_tags) tags[ring.slot].item = -1;
+  if (writes_tags) {
+    tags[ring.slot].item = -1;
+    mbarrier_arrive(full + 8 * ring.slot);
+  }
   mbarrier_arrive(full + 8 * ring.slot);
 }
 
@@ -351,12 +358,12 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
   prepare(int(threadIdx.x), 32 * Shape::kConsumerWarps);
 
   RingCursor ring;
-  int item = -2;                    // neither an item nor the end
-  int tight_lo = 0, tight_hi = 0;   // every row sees keys tight_lo .. tight_hi - 1
+  int item = -2;                   // neither an item nor the end
+  int tight_lo = 0, tight_hi = 0;  // every row sees keys tight_lo .. tight_hi - 1
   int hole_begin = 0, hole_end = 0;
-  int halves = 0;                   // of this warp's 16 rows that exist
-  bool active = false;              // this warpgroup has rows in the item
-  int2 range[2] = {};               // of keys, of rows g and g + 8
+  int halves = 0;       // of this warp's 16 rows that exist
+  bool active = false;  // this warpgroup has rows in the item
+  int2 range[2] = {};   // of keys, of rows g and g + 8
   uint32_t q[kSteps][4];
   float o[kParts][32];
   float l[2];
@@ -455,6 +462,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     float s[32];
     {
       const uint32_t slot = ring_base + uint32_t(ring.slot * Shape::kSlotBytes);
+      if (args.fences == 0) fence_for_wgmma();
       wgmma_begin();
       wgmma_n64k16<false, false>(s, q[0], wgmma_operand(slot));
 #pragma unroll
@@ -483,8 +491,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
             const int key = token + n * 8 + t * 2 + e;
-            const bool visible =
-                key >= range[half].x && key < range[half].y && (key < hole_begin || key >= hole_end);
+            const bool visible = key >= range[half].x && key < range[half].y && (key < hole_begin || key >= hole_end);
             float& x = s[n * 4 + half * 2 + e];
             x = visible ? x : negative_infinity();
           }
@@ -516,6 +523,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     mbarrier_wait(full + 8 * ring.slot, ring.parity);
     {
       const uint32_t slot = ring_base + uint32_t(ring.slot * Shape::kSlotBytes);
+      if (args.fences == 0) fence_for_wgmma();
       wgmma_begin();
 #pragma unroll
       for (int k16 = 0; k16 < kTileTokens / 16; ++k16)
@@ -576,7 +584,10 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
   merge_in_kernel = merge_in_kernel && Shape::kWarpgroups == 1;
   allow_all_smem<kernel>(info);
   launch(kernel, {dim3(grid), dim3(Shape::kThreads), smem}, info, stream,
-         WarpgroupArgs<Keys>{p, partial, counters, merge_in_kernel ? counters + 1 : nullptr, max_splits});
+         WarpgroupArgs<Keys>{p, partial, counters, merge_in_kernel ? counters + 1 : nullptr, max_splits,
+                             attention_variant == 4   ? 1
+                             : attention_variant == 5 ? 2
+                                                      : 0});
   if (!merge_in_kernel)
     launch(merge_states_kernel<Shape::kHeadDim, RowSplits<Keys>>, {dim3(p.q_heads, p.rows), dim3(32 * kMergeWarps)},
            info, stream, RowSplits<Keys>{p, max_splits}, partial, static_cast<uint16_t*>(p.out));

@@ -26,6 +26,14 @@ __device__ __forceinline__ void wgmma_begin() { VC_WGMMA("wgmma.fence.sync.align
 __device__ __forceinline__ void wgmma_commit() { VC_WGMMA("wgmma.commit_group.sync.aligned;" :: : "memory"); }
 __device__ __forceinline__ void wgmma_wait() { VC_WGMMA("wgmma.wait_group.sync.aligned 0;" :: : "memory"); }
 
+// Keeps the compiler from moving ordinary uses of the accumulators across it: after the wait, and before the first
+// fence.
+template <int kCount>
+__device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // Of a tile at shared address `address`; + 2 moves 16 k on.
 __device__ __forceinline__ uint64_t wgmma_operand(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kEightRows = uint64_t(1024 >> 4) << 32, kUnused = 1 << 16;

@@ -1,0 +1,83 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tensor maps and the bulk copies that use them (sm_90): one thread copies a box of a matrix into shared memory, in the
+// 128-byte swizzle of device/wgmma.cuh; the bytes are counted by an mbarrier. What lies outside the matrix reads as
+// zero and counts.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include <cstdint>
+
+#include "common/cuda_check.h"
+
+namespace vericache::cuda {
+
+// Of a bf16 matrix [rows, cols], `stride` elements a row (a multiple of 8, base 16-byte aligned), copied in boxes of
+// box_rows (at most 256) x 64 columns. Legal while a stream is captured.
+inline CUtensorMap bf16_matrix_map(const void* base, int64_t rows, int64_t cols, int64_t stride, int box_rows) {
+  using Encode = decltype(&cuTensorMapEncodeTiled);
+  static const Encode encode = [] {
+    void* entry = nullptr;
+    cudaDriverEntryPointQueryResult found{};
+    VC_CUDA_CHECK(cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &entry, 12000, cudaEnableDefault, &found));
+    VC_CHECK(found == cudaDriverEntryPointSuccess && entry != nullptr,
+             "the NVIDIA driver has no cuTensorMapEncodeTiled; a driver for CUDA 12.0 or later is needed.");
+    return reinterpret_cast<Encode>(entry);
+  }();
+  CUtensorMap map{};
+  const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)};
+  const cuuint64_t strides[1] = {cuuint64_t(stride) * 2};
+  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, steps[2] = {1, 1};
+  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), sizes, strides,
+                                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  VC_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused a matrix of ", rows, " x ", cols, ", stride ",
+           stride, ", box ", box_rows, " (CUresult ", int(result), ").");
+  return map;
+}
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define VC_SM90(...) asm volatile(__VA_ARGS__)
+#else
+#define VC_SM90(...) (void)0
+#endif
+
+// After mbarrier_init, before a barrier of the block: the copy engine sees the new barriers.
+__device__ __forceinline__ void mbarrier_init_fence() { VC_SM90("fence.mbarrier_init.release.cluster;" :: : "memory"); }
+
+// Arrives, and makes the phase wait for `bytes` more.
+__device__ __forceinline__ void mbarrier_expect(uint32_t barrier, int bytes) {
+  VC_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void copy_box(uint32_t dst, const CUtensorMap& map, int col, int row, uint32_t barrier) {
+  VC_SM90(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
+          "r"(dst),
+      "l"(&map), "r"(col), "r"(row), "r"(barrier) : "memory");
+}
+
+// The same for data that is read once: leaves the L2 first.
+__device__ __forceinline__ void copy_box_once(uint32_t dst, const CUtensorMap& map, int col, int row,
+                                              uint32_t barrier) {
+  VC_SM90(
+      "{\n .reg .b64 policy;\n createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      " cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
+      "{%2, %3}], [%4], policy;\n}" ::"r"(dst),
+      "l"(&map), "r"(col), "r"(row), "r"(barrier) : "memory");
+}
+
+// Brings a box as far as the L2, which is where all writes meet: right whatever an earlier kernel still writes.
+__device__ __forceinline__ void box_to_l2(const CUtensorMap& map, int col, int row) {
+  VC_SM90("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(col), "r"(row) : "memory");
+}
+
+// Fetches the map itself.
+__device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
+  VC_SM90("prefetch.tensormap [%0];" ::"l"(&map) : "memory");
+}
+
+#undef VC_SM90
+
+}  // namespace vericache::cuda
