@@ -62,6 +62,7 @@ gpu-bench: build
 
 tables: $(VENV)/.made
 	$(PY) -m bench.tables
+	$(PY) -m bench.plots
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info vericache/_C*.so
