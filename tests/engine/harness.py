@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from vericache import reference
 from vericache.config import EngineConfig, SamplingParams
 from vericache.engine.engine import Engine
 from vericache.engine.request import Request
+from vericache.engine.view import IterationView, StagedPages
 from vericache.models.llama import CausalLM
 from vericache.outputs import RequestOutput
 
@@ -128,3 +130,20 @@ def check(
         n for k, n in engine.admission.ledger.used_by_kind().items() if k in ("weights", "activations", "staging")
     ), "memory of finished requests is still reserved"
     return outputs
+
+
+def keep_draft_kv(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Switch R2 off: verify rows leave the draft's K and V in place, so accepted tokens stand for the wrong state."""
+    original = IterationView.write_pages
+
+    def write_pages(view: IterationView, layer: int, active: Sequence[int]) -> Tensor:
+        pages = original(view, layer, active).clone()
+        row = 0
+        for span in (view._spans[i] for i in active):
+            rows = span.stop - span.start
+            if isinstance(span.source, StagedPages):
+                pages[row : row + rows] = 0
+            row += rows
+        return pages
+
+    monkeypatch.setattr(IterationView, "write_pages", write_pages)

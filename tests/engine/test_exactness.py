@@ -10,7 +10,7 @@ import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.engine.harness import Arrival, check, difference, expected, run
+from tests.engine.harness import Arrival, check, difference, expected, keep_draft_kv, run
 from tests.engine.split_attention import split_attention
 from tests.engine.tiny import VOCAB, tiny_model
 from vericache import ops
@@ -137,19 +137,7 @@ def test_control_keeping_draft_kv_breaks_bits(monkeypatch: pytest.MonkeyPatch) -
         compressor="random:ratio=0.25", page_size=16, prefill_chunk=32, draft_len=5, record_logits=True
     )
     assert _broken(config, Engine(tiny_model(), config)) is None, "the control starts from a sound engine"
-    original = view_module.IterationView.write_pages
-
-    def keep_draft(self, layer, active):  # type: ignore[no-untyped-def]
-        pages = original(self, layer, active).clone()
-        row = 0
-        for i in active:
-            span = self._spans[i]
-            if isinstance(span.source, view_module.StagedPages):
-                pages[row : row + span.stop - span.start] = 0
-            row += span.stop - span.start
-        return pages
-
-    monkeypatch.setattr(view_module.IterationView, "write_pages", keep_draft)
+    keep_draft_kv(monkeypatch)
     assert _broken(config, Engine(tiny_model(), config)) is not None
 
 

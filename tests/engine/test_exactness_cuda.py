@@ -12,10 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.engine.harness import Arrival, difference, expected, run
+from tests.engine.harness import Arrival, difference, expected, keep_draft_kv, run
 from tests.engine.tiny import VOCAB, tiny_model
 from vericache.config import EngineConfig, SamplingParams
-from vericache.engine import view as view_module
 from vericache.engine.engine import Engine
 from vericache.models import llama
 from vericache.models.llama import CausalLM
@@ -103,19 +102,7 @@ def test_over_20000_tokens_equal_the_reference() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_control_keeping_draft_kv_breaks_bits(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     assert _first_problem(dtype) is None, "the control starts from a sound engine"
-    original = view_module.IterationView.write_pages
-
-    def keep_draft(self, layer, active):  # type: ignore[no-untyped-def]
-        pages = original(self, layer, active).clone()
-        row = 0
-        for i in active:
-            span = self._spans[i]
-            if isinstance(span.source, view_module.StagedPages):
-                pages[row : row + span.stop - span.start] = 0
-            row += span.stop - span.start
-        return pages
-
-    monkeypatch.setattr(view_module.IterationView, "write_pages", keep_draft)
+    keep_draft_kv(monkeypatch)
     assert _first_problem(dtype) is not None
 
 

@@ -16,9 +16,7 @@ POSITIONS = 320
 
 
 @cache
-def tiny_model(
-    dtype: torch.dtype = torch.bfloat16, seed: int = 0, device: str = "cpu", head_dim: int = 32
-) -> CausalLM:
+def tiny_model(dtype: torch.dtype = torch.bfloat16, seed: int = 0, device: str = "cpu", head_dim: int = 32) -> CausalLM:
     """Three layers, 8 query and 2 KV heads, random weights wide enough that greedy text keeps changing."""
     hidden, heads, kv_heads, dim, inner, layers = 64, 8, 2, head_dim, 96, 3
     config = parse_config(
