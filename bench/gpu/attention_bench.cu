@@ -78,8 +78,7 @@ class Bench {
     }
     if (b.tokens < 32768) return;
     kept(b, kv_bytes);
-    if (cuda::attention_variant <= 1)  // the others do not concern it
-      for (const int bits : {8, 4, 2}) quant(b, bits);
+    for (const int bits : {8, 4, 2}) quant(b, bits);
   }
 
  private:
@@ -149,7 +148,6 @@ class Bench {
 }  // namespace
 
 int main(int argc, char** argv) try {
-  if (const char* v = std::getenv("ATTENTION_VARIANT")) cuda::attention_variant = std::atoi(v);
   Report report(argc > 1 ? argv[1] : "");
   const int largest = argc > 2 ? std::atoi(argv[2]) : 1024;
   cudaDeviceProp device;

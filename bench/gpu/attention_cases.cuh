@@ -8,7 +8,6 @@
 #include <random>
 
 #include "harness.cuh"
-#include "kernels/device/attention_variant.h"
 #include "kernels/launchers.h"
 
 namespace vericache::bench {

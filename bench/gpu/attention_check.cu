@@ -168,7 +168,6 @@ void check_quant(Report& report, Heads h, int bits, int group) {
 }  // namespace
 
 int main(int argc, char** argv) try {
-  if (const char* v = std::getenv("ATTENTION_VARIANT")) cuda::attention_variant = std::atoi(v);
   Report report(argc > 1 ? argv[1] : "");
   if (argc > 2 && std::string(argv[2]) == "quick") {
     check_full(report, {8, 2, 128, 64}, 0, 700, true);

@@ -3,10 +3,9 @@
 // the bytes that must move over the copy rate measured first in the same run; for linear, which writes next to nothing,
 // over the read rate.
 //
-//   dense_bench [--linear] [results.json]      --linear: variants of linear alone
+//   dense_bench [results.json]
 #include "harness.cuh"
 #include "kernels/launchers.h"
-#include "kernels/linear_plan.h"
 
 namespace vericache::bench {
 namespace {
@@ -57,61 +56,6 @@ void measure_rates(Report& report) {
   g_read_rate = bytes / read_us;
   report.time("copy kernel 1 GiB, read + written", copy_us, 2.0 * bytes, copy_us);
   report.time("read kernel 1 GiB", read_us, bytes, read_us);
-}
-
-// Variants of linear, to decide between.
-void linear_trial(Report& report) {
-  using T = __nv_bfloat16;
-  struct Variant {
-    const char* name;
-    cuda::LinearTuning tuning;
-  };
-  // kernel, smem_kb, flat_rows, early, l2_stages, fence, once
-  const Variant variants[] = {{"mma", {0}},
-                              {"async", {1, 113, 16, 1, 0, 1}},
-                              {"async-nofence", {1, 113, 16, 1, 0, 0}},
-                              {"box", {2, 113, 16, 1, 0, 1, 0}},
-                              {"box-late", {2, 113, 16, 0, 0, 1, 0}},
-                              {"box-227", {2, 227, 16, 1, 0, 1, 0}},
-                              {"box-227late", {2, 227, 16, 0, 0, 1, 0}},
-                              {"box-75", {2, 75, 16, 1, 0, 1, 0}},
-                              {"box-l2+1", {2, 113, 16, 1, 1, 1, 0}},
-                              {"box-l2+4", {2, 113, 16, 1, 4, 1, 0}},
-                              {"box-once", {2, 113, 16, 1, 0, 1, 1}},
-                              {"box-tall", {2, 113, 0, 1, 0, 1, 0}},
-                              {"box-flat32", {2, 113, 32, 1, 0, 1, 0}}};
-  constexpr int kShapes[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {128256, 4096}};
-  for (const auto& shape : kShapes) {
-    const int n = shape[0], k = shape[1];
-    const size_t w_bytes = size_t(n) * k * 2;
-    const int sets = sets_for(w_bytes);
-    std::vector<Buffer> w;
-    for (int i = 0; i < sets; ++i) w.push_back(random_buffer<T>(size_t(n) * k, 100 + i, 0.02f));
-    const Buffer x = random_buffer<T>(size_t(512) * k, 1), out(size_t(512) * n * 4);
-    const bool logits = n > 100000;
-    for (const int rows : {1, 8, 16, 32, 64, 256}) {
-      if (rows == 256 && logits) continue;
-      for (const bool settled : {false, true}) {
-        if (settled && rows > 64) continue;
-        std::printf("trial N=%d K=%d M=%d %s:", n, k, rows, settled ? "settled" : "plain");
-        for (const Variant& v : variants) {
-          cuda::linear_tuning = v.tuning;
-          LinearParams p{};
-          p.x = x.get(), p.out = out.get(), p.x_stride_row = k, p.out_stride_row = n;
-          p.rows = rows, p.n = n, p.k = k, p.out_float32 = logits, p.dtype = DType::kBFloat16, p.w_settled = settled;
-          const double us = time_graph(std::max(sets, 12), 9, [&](int i, cudaStream_t s) {
-            p.w = w[size_t(i % sets)].get();
-            cuda::linear(p, s);
-          });
-          std::printf("  %s %.2f", v.name, us);
-          report.entry(text("{\"name\": \"trial ", v.name, settled ? " settled" : " plain", " M=", rows, " N=", n,
-                            " K=", k, "\", \"us\": ", us, "}"));
-        }
-        std::printf("\n");
-      }
-    }
-  }
-  cuda::linear_tuning = {};
 }
 
 void linear_times(Report& report, int n, int k) {
@@ -304,13 +248,12 @@ void codec_times(Report& report) {
   VC_CUDA_CHECK(cudaFreeHost(pinned_raw));
 }
 
-int run(const std::string& path, bool trial) {
+int run(const std::string& path) {
   cudaDeviceProp prop;
   VC_CUDA_CHECK(cudaGetDeviceProperties(&prop, 0));
   std::printf("%s, %d multiprocessors, %d MiB of L2\n", prop.name, prop.multiProcessorCount, prop.l2CacheSize >> 20);
   Report report(path);
   measure_rates(report);
-  if (trial) return linear_trial(report), 0;
   constexpr int kShapes[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {128256, 4096}};
   for (const auto& s : kShapes) linear_times(report, s[0], s[1]);
   layer_op_times(report);
@@ -325,8 +268,7 @@ int run(const std::string& path, bool trial) {
 
 int main(int argc, char** argv) {
   try {
-    const bool trial = argc > 1 && std::strcmp(argv[1], "--linear") == 0;
-    return vericache::bench::run(argc > 1 + trial ? argv[1 + trial] : "", trial);
+    return vericache::bench::run(argc > 1 ? argv[1] : "");
   } catch (const std::exception& e) {
     std::fprintf(stderr, "dense_bench: %s\n", e.what());
     return 2;

@@ -19,202 +19,10 @@
 #include "cpu/token_move.h"
 #include "harness.cuh"
 #include "kernels/launchers.h"
-#include "kernels/linear_plan.h"
+#include "linear_check.cuh"
 
 namespace vericache::bench {
 namespace {
-
-using Rng = std::mt19937_64;
-
-// ---- linear ---------------------------------------------------------------------------------------------------------
-
-template <class T>
-__global__ void linear_in_double(const T* x, const T* w, const T* bias, const T* residual, double* out, int rows, int n,
-                                 int k) {
-  const int64_t i = (blockIdx.x * int64_t(blockDim.x) + threadIdx.x) / 32;
-  if (i >= int64_t(rows) * n) return;
-  const int64_t row = i / n, col = i % n;
-  double sum = 0.0;
-  for (int j = threadIdx.x % 32; j < k; j += 32) sum += double(float(x[row * k + j])) * double(float(w[col * k + j]));
-  for (int mask = 16; mask > 0; mask /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, mask);
-  if (threadIdx.x % 32 != 0) return;
-  if (bias) sum += double(float(bias[col]));
-  if (residual) sum += double(float(residual[i]));
-  out[i] = sum;
-}
-
-LinearParams linear_params(const void* x, const void* w, void* out, int rows, int n, int k, DType dtype, bool f32) {
-  LinearParams p{};
-  p.x = x, p.w = w, p.out = out;
-  p.x_stride_row = k, p.residual_stride_row = n, p.out_stride_row = n;
-  p.rows = rows, p.n = n, p.k = k;
-  p.out_float32 = f32, p.dtype = dtype;
-  return p;
-}
-
-double to_double(float x) { return x; }
-double to_double(bf16 x) { return to_float(x); }
-
-template <class T>
-double relative_error(const std::vector<T>& got, const std::vector<double>& want) {
-  double error = 0, norm = 0;
-  for (size_t i = 0; i < want.size(); ++i) {
-    const double d = to_double(got[i]) - want[i];
-    error += d * d;
-    norm += want[i] * want[i];
-    if (std::isnan(d)) return std::numeric_limits<double>::infinity();
-  }
-  return std::sqrt(error / std::max(norm, 1e-300));
-}
-
-// T: device element; H: the same on the host.
-template <class T, class H>
-void linear_against_double(Report& report, DType dtype, double bound, bool quick) {
-  struct Case {
-    int rows, n, k;
-    bool bias, residual, f32;
-  };
-  const Case cases[] = {
-      {1, 6144, 4096, false, false, false}, {7, 4096, 4096, true, false, false}, {8, 4096, 4096, false, true, false},
-      {9, 4096, 14336, false, true, false}, {33, 6144, 4096, true, true, false}, {64, 4096, 4096, false, false, true},
-      {65, 1000, 1376, true, true, true},   {61, 257, 520, true, false, false},  {17, 61, 72, false, true, true},
-      {256, 512, 512, true, true, false},   {100, 1, 8, false, false, false},    {3, 5, 61, true, true, false},
-      {1, 28672, 4096, false, false, false}};
-  double worst = 0;
-  std::string at;
-  bool guard = true;
-  for (const Case& c : cases) {
-    if (dtype == DType::kFloat32 && int64_t(c.rows) * c.n * c.k > int64_t(2) << 30) continue;
-    if (quick && int64_t(c.n) * c.k > 1 << 21) continue;
-    const size_t outs = size_t(c.rows) * c.n;
-    const Buffer x = random_buffer<T>(size_t(c.rows) * c.k, 1), w = random_buffer<T>(size_t(c.n) * c.k, 2, 0.05f);
-    const Buffer bias = random_buffer<T>(c.n, 3), residual = random_buffer<T>(outs, 4);
-    const Buffer out((outs + 64) * (c.f32 ? 4 : sizeof(T))), want(outs * 8);
-    out.poison();
-    LinearParams p = linear_params(x.get(), w.get(), out.get(), c.rows, c.n, c.k, dtype, c.f32);
-    p.bias = c.bias ? bias.get() : nullptr;
-    p.residual = c.residual ? residual.get() : nullptr;
-    cuda::linear(p, nullptr);
-    linear_in_double<T><<<unsigned((outs * 32 + 255) / 256), 256>>>(
-        x.get<T>(), w.get<T>(), c.bias ? bias.get<T>() : nullptr, c.residual ? residual.get<T>() : nullptr,
-        want.get<double>(), c.rows, c.n, c.k);
-    VC_CUDA_CHECK(cudaGetLastError());
-    VC_CUDA_CHECK(cudaDeviceSynchronize());
-    double error;
-    if (c.f32) {
-      auto got = out.to_host<float>();
-      for (size_t i = outs; i < got.size(); ++i) guard &= std::bit_cast<uint32_t>(got[i]) == 0xffffffffu;
-      error = relative_error(got, want.to_host<double>());
-    } else {
-      auto got = out.to_host<H>();
-      const H poison = [] {
-        H h;
-        std::memset(&h, 0xff, sizeof h);
-        return h;
-      }();
-      for (size_t i = outs; i < got.size(); ++i) guard &= std::memcmp(&got[i], &poison, sizeof poison) == 0;
-      error = relative_error(got, want.to_host<double>());
-    }
-    if (error > worst) worst = error, at = text(c.rows, "x", c.n, "x", c.k);
-  }
-  report.check(text("linear_correct_", dtype_name(dtype)), worst < bound && guard,
-               text("worst relative error ", worst, " at ", at, ", guard ", guard ? "intact" : "overwritten"));
-}
-
-// Each row alone, then all row counts, then shuffled rows among NaN neighbours: the same bits.
-template <class T>
-void linear_invariance(Report& report, int n, int k, DType dtype, bool f32_out, bool quick) {
-  const int all_rows = quick ? 70 : 256;
-  const size_t out_elem = f32_out ? 4 : sizeof(T), row_bytes = n * out_elem;
-  const Buffer x = random_buffer<T>(size_t(all_rows) * k, 11), w = random_buffer<T>(size_t(n) * k, 12, 0.05f);
-  const Buffer alone(all_rows * row_bytes), out(all_rows * row_bytes), mixed(size_t(all_rows) * k * sizeof(T));
-  uint64_t different = 0, runs = 0;
-  alone.poison();
-  for (int r = 0; r < all_rows; ++r)
-    cuda::linear(linear_params(x.get<T>() + size_t(r) * k, w.get(), alone.get<uint8_t>() + r * row_bytes, 1, n, k,
-                               dtype, f32_out),
-                 nullptr);
-  for (int rows = 1; rows <= all_rows; ++rows, ++runs) {
-    const int first = (rows * 37) % (all_rows - rows + 1);
-    out.poison();
-    LinearParams p = linear_params(x.get<T>() + size_t(first) * k, w.get(), out.get(), rows, n, k, dtype, f32_out);
-    p.w_settled = rows % 2 == 0;
-    cuda::linear(p, nullptr);
-    different += differences(out.get(), alone.get<uint8_t>() + first * row_bytes, nullptr, rows, row_bytes);
-  }
-  Rng rng(5);
-  uint64_t shuffled = 0;
-  for (int run = 0; run < 20; ++run, ++runs) {
-    std::vector<int> order(all_rows);
-    std::iota(order.begin(), order.end(), 0);
-    std::shuffle(order.begin(), order.end(), rng);
-    const int rows = 1 + int(rng() % all_rows);
-    VC_CUDA_CHECK(cudaMemset(mixed.get(), 0xff, mixed.bytes()));  // NaN in the rows that are not compared
-    std::vector<int> slots(all_rows);
-    std::iota(slots.begin(), slots.end(), 0);
-    std::shuffle(slots.begin(), slots.end(), rng);
-    for (int i = 0; i < rows; ++i)
-      VC_CUDA_CHECK(cudaMemcpyAsync(mixed.get<T>() + size_t(slots[i]) * k, x.get<T>() + size_t(order[i]) * k,
-                                    k * sizeof(T), cudaMemcpyDeviceToDevice));
-    out.poison();
-    cuda::linear(linear_params(mixed.get(), w.get(), out.get(), all_rows, n, k, dtype, f32_out), nullptr);
-    for (int i = 0; i < rows; i += 8)
-      shuffled += differences(out.get<uint8_t>() + slots[i] * row_bytes, alone.get<uint8_t>() + order[i] * row_bytes,
-                              nullptr, 1, row_bytes);
-  }
-  // Control: one changed bit of one row must be seen.
-  uint16_t bits;
-  VC_CUDA_CHECK(cudaMemcpy(&bits, x.get(), 2, cudaMemcpyDeviceToHost));
-  bits ^= 0x2000;
-  VC_CUDA_CHECK(cudaMemcpy(mixed.get(), x.get(), x.bytes(), cudaMemcpyDeviceToDevice));
-  VC_CUDA_CHECK(
-      cudaMemcpy(mixed.get<uint8_t>() + (dtype == DType::kFloat32 ? 2 : 0), &bits, 2, cudaMemcpyHostToDevice));
-  cuda::linear(linear_params(mixed.get(), w.get(), out.get(), 8, n, k, dtype, f32_out), nullptr);
-  const bool control = differences(out.get(), alone.get(), nullptr, 8, row_bytes) > 0;
-  report.check(text("linear_invariance_", n, "x", k, "_", dtype_name(dtype)), different + shuffled == 0 && control,
-               text(different, " over 1..256 rows, ", shuffled, " shuffled, ", runs, " runs, control ",
-                    control ? "seen" : "missed"));
-}
-
-// Every arrangement of linear gives the same bits.
-void linear_variants(Report& report, bool quick) {
-  using T = __nv_bfloat16;
-  struct Variant {
-    const char* name;
-    cuda::LinearTuning tuning;
-  };
-  // kernel, smem_kb, flat_rows, early, l2_stages, fence, once
-  const Variant variants[] = {{"async", {1, 113, 16, 1, 0, 1}}, {"async-nofence", {1, 113, 16, 1, 0, 0}},
-                              {"box-227", {2, 227, 16, 1, 0}},  {"box-75", {2, 75, 16, 0, 0}},
-                              {"box-l2", {2, 113, 16, 1, 4}},   {"box-once", {2, 113, 16, 1, 0, 1, 1}},
-                              {"box-tall", {2, 113, 0, 1, 0}},  {"box-flat32", {2, 113, 32, 1, 0}}};
-  constexpr int kShapes[][2] = {{6144, 4096}, {4096, 14336}, {28672, 4096}, {257, 520}, {1024, 1376}, {61, 72}};
-  uint64_t all[std::size(variants)] = {};
-  for (const auto& shape : kShapes) {
-    const int n = shape[0], k = shape[1], most = 140;
-    if (quick && n * k > 1 << 21) continue;
-    const Buffer x = random_buffer<T>(size_t(most) * k, 11), w = random_buffer<T>(size_t(n) * k, 12, 0.05f);
-    const Buffer want(size_t(most) * n * 2), out(size_t(most) * n * 2);
-    for (const int rows : {1, 8, 9, 16, 17, 33, 64, 65, 140}) {
-      cuda::linear_tuning = {};
-      want.poison();
-      cuda::linear(linear_params(x.get(), w.get(), want.get(), rows, n, k, DType::kBFloat16, false), nullptr);
-      for (size_t v = 0; v < std::size(variants); ++v) {
-        cuda::linear_tuning = variants[v].tuning;
-        for (const bool settled : {false, true}) {
-          out.poison();
-          LinearParams p = linear_params(x.get(), w.get(), out.get(), rows, n, k, DType::kBFloat16, false);
-          p.w_settled = settled;
-          for (int again = 0; again < 4; ++again) cuda::linear(p, nullptr);
-          all[v] += differences(out.get(), want.get(), nullptr, most, size_t(n) * 2);
-        }
-      }
-    }
-  }
-  cuda::linear_tuning = {};
-  for (size_t v = 0; v < std::size(variants); ++v)
-    report.check(text("linear_variant_", variants[v].name), all[v] == 0, text(all[v], " elements differ"));
-}
 
 // ---- norm, rope, silu: against the CPU kernels ----------------------------------------------------------------------
 
@@ -469,6 +277,34 @@ void sample_checks(Report& report, bool quick) {
 
 // ---- pages: the CPU's bytes -----------------------------------------------------------------------------------------
 
+// Bytes in which the heads of two quantized pages differ. A scale or zero that is NaN in both is equal: which NaN is
+// not specified.
+template <class H>
+uint64_t quantized_differences(const std::vector<uint8_t>& a, const std::vector<uint8_t>& b,
+                               const QuantPageLayout& layout, int heads) {
+  uint64_t different = 0;
+  const auto compare = [&](int64_t begin, int64_t bytes, bool values) {
+    const int64_t width = values ? int64_t(sizeof(H)) : 1;
+    for (int64_t at = begin; at < begin + bytes; at += width) {
+      if (values) {
+        H x, y;
+        std::memcpy(&x, &a[size_t(at)], sizeof x), std::memcpy(&y, &b[size_t(at)], sizeof y);
+        if (std::isnan(to_float(x)) && std::isnan(to_float(y))) continue;
+      }
+      for (int64_t i = at; i < at + width; ++i) different += a[size_t(i)] != b[size_t(i)];
+    }
+  };
+  for (int head = 0; head < heads; ++head) {
+    int64_t at = head * layout.head_bytes;
+    for (const int64_t params : {2 * layout.k_param_bytes, 2 * layout.v_param_bytes}) {
+      compare(at, layout.code_bytes, false);
+      compare(at + layout.code_bytes, params, true);
+      at += layout.code_bytes + params;
+    }
+  }
+  return different;
+}
+
 template <class T, class H>
 void quantize_checks(Report& report, DType dtype) {
   uint64_t different = 0, back_different = 0, total = 0;
@@ -519,7 +355,7 @@ void quantize_checks(Report& report, DType dtype) {
       const auto got_back = back.to_host<H>();
       q.full_pages = h_full.data(), q.quant_pages = h_quant.data();
       cpu::kv_quantize(q);
-      for (size_t i = 0; i < got.size(); ++i) different += got[i] != host_quant[i];
+      different += quantized_differences<H>(got, host_quant, layout, c.pages * c.kv_heads);
       total += got.size();
       std::memcpy(host_quant.data(), got.data(), got.size());
       q.full_pages = h_back.data();
@@ -672,23 +508,6 @@ void codec_checks(Report& report) {
   report.check("bf16_codec", bytes_differ == 0 && values_differ == 0 && normal_bits < 12.2,
                text(cases, " cases, ", bytes_differ, " pages differ from the CPU's bytes, ", values_differ,
                     " round trips are not exact, ", normal_bits, " bits an element of a normal distribution"));
-}
-
-void linear_checks(Report& report, bool quick) {
-  linear_against_double<__nv_bfloat16, bf16>(report, DType::kBFloat16, 3e-3, quick);
-  cuda::linear_tuning.kernel = 0;
-  linear_against_double<__nv_bfloat16, bf16>(report, DType::kBFloat16, 3e-3, quick);
-  cuda::linear_tuning = {};
-  linear_against_double<float, float>(report, DType::kFloat32, 2e-6, quick);
-  linear_variants(report, quick);
-  constexpr int kShapes[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {8192, 8192},
-                                {257, 520},   {61, 72},     {1024, 1376},  {3072, 1024}};
-  for (const auto& s : kShapes)
-    if (!quick || s[0] * s[1] < 1 << 22)
-      linear_invariance<__nv_bfloat16>(report, s[0], s[1], DType::kBFloat16, false, quick);
-  if (!quick) linear_invariance<__nv_bfloat16>(report, 128256, 4096, DType::kBFloat16, true, quick);
-  linear_invariance<__nv_bfloat16>(report, 257, 61, DType::kBFloat16, false, quick);
-  linear_invariance<float>(report, 768, 512, DType::kFloat32, false, quick);
 }
 
 int run(const std::string& path, bool quick, bool linear) {

@@ -215,7 +215,7 @@ struct TokenMoveParams {
 struct Bf16PageHeader {
   uint32_t overflow_units;  // in use
   uint32_t blocks;
-  uint64_t reserved;        // zero
+  uint64_t reserved;  // zero
 };
 struct Bf16BlockHeader {
   uint32_t offset;  // of its overflow, in units
@@ -248,7 +248,7 @@ struct Bf16PackParams {
   int64_t* packed_bytes;        // [pages] int64, written by pack: bytes in use; unused by unpack
   int64_t elems;                // a multiple of 8
   int32_t pages;
-  int32_t max_blocks;           // CUDA unpack: thread blocks at most, to leave room beside it; 0: fill the device
+  int32_t max_blocks;  // CUDA unpack: thread blocks at most, to leave room beside it; 0: fill the device
 };
 
 }  // namespace vericache

@@ -70,7 +70,8 @@ void keep_top_p(std::vector<Candidate>& kept, float top_p, float largest) {
     if (bucket_of(c.value, largest) == crossing) last.push_back(c);
   std::sort(last.begin(), last.end(), before);
   size_t count = 0;
-  while (count < last.size() && sum < target) sum += double(exp_one(last[count++].value - largest));
+  while (count < last.size() && (count == 0 || sum < target))  // at least one, even if the target is 0
+    sum += double(exp_one(last[count++].value - largest));
   last.resize(count);
   std::erase_if(kept, [&](const Candidate& c) { return bucket_of(c.value, largest) >= crossing; });
   kept.insert(kept.end(), last.begin(), last.end());

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Draft attention over kept tokens: per-head compact pages, then the full-precision tail. The kernels are those of
-// device/split_attention.cuh (bf16, head_dim 64 and 128) and device/simple_attention.cuh (the rest). Here: where a
-// token lies. Tokens are numbered 0 .. kept_len-1 for the kept rows of a head, then, from the next multiple of the tile
-// on, tail_start, tail_start + 1, ...; between them lies a hole that is never read.
+// device/warpgroup_attention.cuh (Hopper) and device/split_attention.cuh (other GPUs), both bf16 with head_dim 64 and
+// 128, and of device/simple_attention.cuh (the rest). Here: where a token lies. Tokens are numbered 0 .. kept_len-1 for
+// the kept rows of a head, then, from the next multiple of the tile on, tail_start, tail_start + 1, ...; between them
+// lies a hole that is never read.
 #include "device/element.cuh"
 #include "device/simple_attention.cuh"
 #include "device/split_attention.cuh"
@@ -77,13 +78,9 @@ int max_splits(const KeptAttentionParams& p) {
 
 template <int kHeadDim>
 void launch_for(const KeptAttentionParams& p, cudaStream_t stream) {
-  if (attention_variant != 1 && has_wgmma()) {
+  if (has_wgmma()) {
     const bool few = int64_t(p.rows) * (p.q_heads / p.kv_heads) <= 16 * int64_t(p.requests);
-    if (attention_variant == 3)
-      launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 1, 1>>(p, max_splits(p), few, stream);
-    else
-      launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 1, 2>>(p, max_splits(p),
-                                                                           few && attention_variant != 2, stream);
+    launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 1, 2>>(p, max_splits(p), few, stream);
     return;
   }
   if (int64_t(p.rows) * (p.q_heads / p.kv_heads) <= 16 * int64_t(p.requests))
@@ -96,9 +93,9 @@ void launch_for(const KeptAttentionParams& p, cudaStream_t stream) {
 
 size_t kept_attention_workspace_bytes(const KeptAttentionParams& p) {
   if (!takes_tensor_cores(p)) return 0;
-  return std::max(split_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim),
-                  warpgroup_attention_workspace_bytes(p.rows, p.requests, p.q_heads, p.kv_heads, max_splits(p),
-                                                      p.head_dim));
+  return std::max(
+      split_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim),
+      warpgroup_attention_workspace_bytes(p.rows, p.requests, p.q_heads, p.kv_heads, max_splits(p), p.head_dim));
 }
 
 void kept_attention(const KeptAttentionParams& p, cudaStream_t stream) {

@@ -75,16 +75,4 @@ constexpr LinearHopperPlan linear_hopper_plan(int n, int k) {
   return best;
 }
 
-// For the trial of variants.
-struct LinearTuning {
-  int kernel = 2;      // 0: mma, 1: wgmma and cp.async, 2: wgmma and tensor maps
-  int smem_kb = 113;   // of a block
-  int flat_rows = 16;  // most tokens for which a block takes all parts of k
-  int early = 1;       // the next kernel may start before this one's wait
-  int l2_stages = 0;   // stages of w to bring to the L2 before the wait, beyond those of the ring
-  int fence = 1;       // kernel 1: the proxy fence
-  int once = 0;        // kernel 2: w leaves the L2 first
-};
-extern LinearTuning linear_tuning;
-
 }  // namespace vericache::cuda

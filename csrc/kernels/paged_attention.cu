@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Full/verify attention (R1): every key of a row lies in full pages. The kernels, their grids and their order of
-// reduction are those of device/split_attention.cuh (bf16, head_dim 64 and 128) and device/simple_attention.cuh (the
-// rest). Here: where a token lies, and which shape of block runs; the shape enters no row's bits.
+// reduction are those of device/warpgroup_attention.cuh (Hopper) and device/split_attention.cuh (other GPUs), both bf16
+// with head_dim 64 and 128, and of device/simple_attention.cuh (the rest). Here: where a token lies, and which shape of
+// block runs; the shape enters no row's bits.
 //
 // Rows of a request may come in any order of positions; bits of a row depend on its q, its position and the K/V bytes
 // of the keys it sees. Pages past the highest position of a request are never read.
@@ -61,15 +62,12 @@ int max_splits(const PagedAttentionParams& p) { return splits_for(p.max_pages * 
 template <int kHeadDim>
 void launch_for(const PagedAttentionParams& p, cudaStream_t stream) {
   const int64_t item_rows = int64_t(p.rows) * (p.q_heads / p.kv_heads);  // of all requests
-  if (attention_variant != 1 && has_wgmma()) {
+  if (has_wgmma()) {
     const bool few = item_rows <= 16 * int64_t(p.requests);
     if (item_rows > 64 * int64_t(p.requests))
       launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 2, 1>>(p, max_splits(p), false, stream);
-    else if (attention_variant == 3)
-      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 1, 1>>(p, max_splits(p), few, stream);
     else
-      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 1, 2>>(p, max_splits(p),
-                                                                            few && attention_variant != 2, stream);
+      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 1, 2>>(p, max_splits(p), few, stream);
     return;
   }
   if (item_rows <= 16 * int64_t(p.requests))
@@ -84,9 +82,9 @@ void launch_for(const PagedAttentionParams& p, cudaStream_t stream) {
 
 size_t paged_attention_workspace_bytes(const PagedAttentionParams& p) {
   if (!takes_tensor_cores(p)) return 0;
-  return std::max(split_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim),
-                  warpgroup_attention_workspace_bytes(p.rows, p.requests, p.q_heads, p.kv_heads, max_splits(p),
-                                                      p.head_dim));
+  return std::max(
+      split_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim),
+      warpgroup_attention_workspace_bytes(p.rows, p.requests, p.q_heads, p.kv_heads, max_splits(p), p.head_dim));
 }
 
 void paged_attention(const PagedAttentionParams& p, cudaStream_t stream) {

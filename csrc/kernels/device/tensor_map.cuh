@@ -58,21 +58,6 @@ __device__ __forceinline__ void copy_box(uint32_t dst, const CUtensorMap& map, i
       "l"(&map), "r"(col), "r"(row), "r"(barrier) : "memory");
 }
 
-// The same for data that is read once: leaves the L2 first.
-__device__ __forceinline__ void copy_box_once(uint32_t dst, const CUtensorMap& map, int col, int row,
-                                              uint32_t barrier) {
-  VC_SM90(
-      "{\n .reg .b64 policy;\n createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
-      " cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, "
-      "{%2, %3}], [%4], policy;\n}" ::"r"(dst),
-      "l"(&map), "r"(col), "r"(row), "r"(barrier) : "memory");
-}
-
-// Brings a box as far as the L2, which is where all writes meet: right whatever an earlier kernel still writes.
-__device__ __forceinline__ void box_to_l2(const CUtensorMap& map, int col, int row) {
-  VC_SM90("cp.async.bulk.prefetch.tensor.2d.L2.global.tile [%0, {%1, %2}];" ::"l"(&map), "r"(col), "r"(row) : "memory");
-}
-
 // Fetches the map itself.
 __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
   VC_SM90("prefetch.tensormap [%0];" ::"l"(&map) : "memory");

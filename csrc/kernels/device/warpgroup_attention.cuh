@@ -11,7 +11,6 @@
 // by the copy, so memory past a request's last token may hold anything.
 //
 // A slot is full when all copies into it have landed; consumers then fence for wgmma, which reads by another proxy.
-// (args.fences, for the benchmark: producers wait for their own copies, kLag slots behind, fence and announce.)
 //
 // Reduction order (R1). Per row and split: tiles of 64 tokens in order, cut at absolute multiples of 64. A score is the
 // chain of wgmma k-steps over channels 0-15, 16-31, ...; the weights of a tile enter o as the chain over its tokens
@@ -27,7 +26,6 @@
 #include <atomic>
 #include <cstdint>
 
-#include "attention_variant.h"
 #include "split_attention.cuh"
 #include "wgmma_rs.cuh"
 
@@ -41,7 +39,7 @@ struct WarpgroupShape {
   static constexpr int kThreads = 32 * (kConsumerWarps + kProducerWarps);
   static constexpr int kParts = kHeadDim / 64, kPartBytes = kTileTokens * 128;
   static constexpr int kSlotBytes = kParts * kPartBytes;
-  static constexpr int kSlots = 192 * 1024 / kBlocks / kSlotBytes, kLag = kSlots - 2;
+  static constexpr int kSlots = 192 * 1024 / kBlocks / kSlotBytes;
   static constexpr int kConsumerRegisters = kWarpgroups == 2 ? 216 : 184, kProducerRegisters = 72;
   static constexpr bool kMovesRegisters = kWarpgroups == 2 || kBlocks == 2;
 };
@@ -66,7 +64,6 @@ struct WarpgroupArgs {
   TaggedCounter* work;    // items handed out beyond the first of each block
   TaggedCounter* merges;  // by unit (row block, request, KV head): splits finished; null: a kernel merges
   int max_splits;
-  int fences;  // 0: by consumers, 1: by producers, 2: none
 };
 
 template <class Shape>
@@ -252,23 +249,6 @@ struct WarpgroupBlock {
     turn ^= 1;
     return int(gridDim.x) + __shfl_sync(0xffffffffu, ticket, 0);
   }
-
-  // Announces landed slots, oldest first, until at most kPending groups are in flight.
-  template <int kPending>
-  __device__ __forceinline__ void announce(RingCursor& landed, int& in_flight) const {
-    if (in_flight > kPending) {
-      cp_async_wait<kPending>();
-      fence_for_wgmma();
-      mbarrier_arrive(full + 8 * landed.slot);
-      landed.next(Shape::kSlots);
-      --in_flight;
-    }
-  }
-  template <int kPending>
-  __device__ __forceinline__ void announce_rest(RingCursor& landed, int& in_flight) const {
-    announce<kPending>(landed, in_flight);
-    if constexpr (kPending > 0) announce_rest<kPending - 1>(landed, in_flight);
-  }
 };
 
 // Copies tiles in the order of the list; while one tile is issued, the next one's page addresses are on their way.
@@ -281,8 +261,8 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce(int warp) const {
   const int row0 = warp * kGranuleTokens + lane / kRowChunks, chunk = lane % kRowChunks;
   const int items = schedule.items(args.p);
   const bool writes_tags = warp == 0 && lane == 0;
-  RingCursor ring, landed;
-  int turn = 0, in_flight = 0;
+  RingCursor ring;
+  int turn = 0;
 
   int item = int(blockIdx.x), token = 0, end = 0;
   WorkItem work{};
@@ -326,17 +306,10 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce(int warp) const {
       for (int j = 0; j < kGranuleTokens / kTokensAnInstruction; ++j)
         cp_async16_stream(swizzled(slot, row0 + j * kTokensAnInstruction, 128, chunk % 8), from + j * 512,
                           lane / kRowChunks + j * kTokensAnInstruction < here.valid);
-      if (args.fences == 1) {
-        cp_async_commit();
-        ++in_flight;
-        announce<Shape::kLag>(landed, in_flight);
-      } else {
-        mbarrier_arrive_after_copies(full + 8 * ring.slot);
-      }
+      mbarrier_arrive_after_copies(full + 8 * ring.slot);
       ring.next(Shape::kSlots);
     }
   }
-  announce_rest<Shape::kLag - 1>(landed, in_flight);
   mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
   if (writes_tags) {
     tags[ring.slot].item = -1;
@@ -462,7 +435,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     float s[32];
     {
       const uint32_t slot = ring_base + uint32_t(ring.slot * Shape::kSlotBytes);
-      if (args.fences == 0) fence_for_wgmma();
+      fence_for_wgmma();
       wgmma_begin();
       wgmma_n64k16<false, false>(s, q[0], wgmma_operand(slot));
 #pragma unroll
@@ -523,7 +496,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     mbarrier_wait(full + 8 * ring.slot, ring.parity);
     {
       const uint32_t slot = ring_base + uint32_t(ring.slot * Shape::kSlotBytes);
-      if (args.fences == 0) fence_for_wgmma();
+      fence_for_wgmma();
       wgmma_begin();
 #pragma unroll
       for (int k16 = 0; k16 < kTileTokens / 16; ++k16)
@@ -584,10 +557,7 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
   merge_in_kernel = merge_in_kernel && Shape::kWarpgroups == 1;
   allow_all_smem<kernel>(info);
   launch(kernel, {dim3(grid), dim3(Shape::kThreads), smem}, info, stream,
-         WarpgroupArgs<Keys>{p, partial, counters, merge_in_kernel ? counters + 1 : nullptr, max_splits,
-                             attention_variant == 4   ? 1
-                             : attention_variant == 5 ? 2
-                                                      : 0});
+         WarpgroupArgs<Keys>{p, partial, counters, merge_in_kernel ? counters + 1 : nullptr, max_splits});
   if (!merge_in_kernel)
     launch(merge_states_kernel<Shape::kHeadDim, RowSplits<Keys>>, {dim3(p.q_heads, p.rows), dim3(32 * kMergeWarps)},
            info, stream, RowSplits<Keys>{p, max_splits}, partial, static_cast<uint16_t*>(p.out));
