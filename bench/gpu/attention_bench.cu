@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Attention kernels: speed. attention_bench [results.json] [largest batch x tokens in K, default 1024]
+// Attention kernels: speed. attention_bench [results.json] [largest batch x tokens in K, default 1024] [part of a name]
 //
 // 32 query heads, 8 KV heads, head_dim 128, pages of 64 in random order. Medians over replays of a CUDA graph of calls
 // that rotate through input sets larger than the L2. Bytes are the K and V that must be read; for kept and quantized
@@ -52,7 +52,7 @@ int sets_for(size_t bytes) { return int(std::max<size_t>(1, (kPastL2 + bytes - 1
 
 class Bench {
  public:
-  explicit Bench(Report& report) : report_(report) {}
+  Bench(Report& report, std::string only) : report_(report), only_(std::move(only)) {}
 
   void run(const Batch& b) {
     const size_t pages = size_t(b.requests) * (b.tokens / kHeads.page_size);
@@ -137,12 +137,14 @@ class Bench {
   }
 
   void time(const std::string& name, double bytes, int sets, const std::function<void(int, cudaStream_t)>& call) {
+    if (name.find(only_) == std::string::npos) return;
     const int launches = std::max(sets, 4);
     const double us = time_graph(launches, kReplays, [&](int i, cudaStream_t s) { call(i % sets, s); });
     report_.time(name, us, bytes, bytes / kReadRate * 1e6);
   }
 
   Report& report_;
+  std::string only_;
 };
 
 }  // namespace
@@ -153,7 +155,7 @@ int main(int argc, char** argv) try {
   cudaDeviceProp device;
   VC_CUDA_CHECK(cudaGetDeviceProperties(&device, 0));
   std::printf("%s, %d multiprocessors\n", device.name, device.multiProcessorCount);
-  Bench bench(report);
+  Bench bench(report, argc > 3 ? argv[3] : "");
   for (const Batch b : {Batch{8, 4096}, Batch{8, 32768}, Batch{1, 32768}, Batch{1, 131072}, Batch{8, 131072}})
     if (b.requests * (b.tokens / 1024) <= largest) bench.run(b);
   return 0;

@@ -94,7 +94,7 @@ struct Loader {
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
       const bool valid = 4 * i < rows;
-      cp_async16_stream(dst + 4 * i * kRowBytes + (i % 2 == 0 ? even : odd), valid ? src : base, valid);
+      cp_async16(dst + 4 * i * kRowBytes + (i % 2 == 0 ? even : odd), valid ? src : base, valid);
       src += step;
     }
   }

@@ -66,7 +66,7 @@ __device__ __forceinline__ void copy_piece(uint32_t to, const char* from, int la
 #pragma unroll
   for (int i = 0; i < (kBytes + 511) / 512; ++i) {
     const int at = (i * 32 + lane) * 16;
-    if (kBytes % 512 == 0 || at < kBytes) cp_async16_stream(to + at, from + at, true);
+    if (kBytes % 512 == 0 || at < kBytes) cp_async16(to + at, from + at, true);
   }
 }
 

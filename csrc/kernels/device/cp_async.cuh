@@ -10,17 +10,13 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
+// Without an L2 prefetch hint: asking for 256 bytes cost a stream that reads every byte 8% of the memory's rate
+// (4.30 instead of 4.67 TB/s on an H200).
+//
 // Copies 16 bytes, or writes 16 zero bytes and reads nothing when `valid` is false (src must still be a legal address).
 __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
-}
-
-// The same for a stream that is read once: asks the L2 to bring the whole 256 bytes around it, which keeps DRAM pages
-// open longer when the neighbours are read soon after.
-__device__ __forceinline__ void cp_async16_stream(uint32_t dst, const void* src, bool valid) {
-  const int bytes = valid ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
 }
 
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }

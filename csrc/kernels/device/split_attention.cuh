@@ -206,7 +206,7 @@ __device__ void AttentionBlock<Keys, Shape>::produce(int warp) const {
 #pragma unroll
         for (int j = 0; j < kGranuleTokens / kTokensAnInstruction; ++j) {
           const int row = j * kTokensAnInstruction + row0;
-          cp_async16_stream(swizzled(slot, g * kGranuleTokens + row, Shape::kRowBytes, chunk), from + j * 512,
+          cp_async16(swizzled(slot, g * kGranuleTokens + row, Shape::kRowBytes, chunk), from + j * 512,
                             row < valid);
         }
       }

@@ -31,7 +31,7 @@ inline CUtensorMap bf16_matrix_map(const void* base, int64_t rows, int64_t cols,
   const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, steps[2] = {1, 1};
   const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), sizes, strides,
                                  box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+                                 CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   VC_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused a matrix of ", rows, " x ", cols, ", stride ",
            stride, ", box ", box_rows, " (CUresult ", int(result), ").");
   return map;

@@ -304,7 +304,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce(int warp) const {
       const char* from = here.k + (part ? here.v_offset : 0) + lane * 16;
 #pragma unroll
       for (int j = 0; j < kGranuleTokens / kTokensAnInstruction; ++j)
-        cp_async16_stream(swizzled(slot, row0 + j * kTokensAnInstruction, 128, chunk % 8), from + j * 512,
+        cp_async16(swizzled(slot, row0 + j * kTokensAnInstruction, 128, chunk % 8), from + j * 512,
                           lane / kRowChunks + j * kTokensAnInstruction < here.valid);
       mbarrier_arrive_after_copies(full + 8 * ring.slot);
       ring.next(Shape::kSlots);
