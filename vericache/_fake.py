@@ -11,7 +11,7 @@ from torch.library import register_fake
 @register_fake("vericache::paged_attention")
 def _paged_attention(
     q: Tensor, page_table: Tensor, row_offsets: Tensor, row_position: Tensor,
-    kv_heads: int, page_size: int, scale: float, window: int,
+    kv_heads: int, page_size: int, scale: float, window: int, settled: bool = False,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)
 
@@ -19,7 +19,7 @@ def _paged_attention(
 @register_fake("vericache::kept_attention")
 def _kept_attention(
     q: Tensor, kept_table: Tensor, kept_len: Tensor, tail_table: Tensor, tail_start: Tensor,
-    row_offsets: Tensor, row_position: Tensor, page_size: int, scale: float,
+    row_offsets: Tensor, row_position: Tensor, page_size: int, scale: float, settled: bool = False,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)
 
@@ -28,6 +28,7 @@ def _kept_attention(
 def _quant_attention(
     q: Tensor, quant_table: Tensor, quant_len: Tensor, tail_table: Tensor, row_offsets: Tensor,
     row_position: Tensor, kv_heads: int, page_size: int, bits: int, group: int, scale: float,
+    settled: bool = False,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)
 

@@ -57,6 +57,7 @@ def paged_attention(
     page_size: int,
     scale: float,
     window: int = 0,
+    settled: bool = False,
 ) -> Tensor:
     """Full and verify attention over full pages; a row's bits depend on its q, position and K/V alone (R1).
 
@@ -69,11 +70,16 @@ def paged_attention(
         page_size: tokens a page.
         scale: factor of the scores, usually head_dim ** -0.5.
         window: 0 for all keys, w for the last w (position included).
+        settled: true promises that the operation just before this one in the stream wrote none of the tables,
+            lengths and positions, and nothing of the cache but the rows' own positions. Reading then overlaps
+            its end on a GPU. Speed only; false is always right.
 
     Returns:
         T [rows, q_heads, head_dim].
     """
-    return _ops.paged_attention(q, page_table, row_offsets, row_position, kv_heads, page_size, scale, window)
+    return _ops.paged_attention(
+        q, page_table, row_offsets, row_position, kv_heads, page_size, scale, window, settled
+    )
 
 
 def kept_attention(
@@ -87,6 +93,7 @@ def kept_attention(
     *,
     page_size: int,
     scale: float,
+    settled: bool = False,
 ) -> Tensor:
     """Draft attention over each head's kept tokens, then the full-precision tail.
 
@@ -100,12 +107,13 @@ def kept_attention(
         row_position (int32) [rows]: the row attends to all kept rows and to tail_start .. position.
         page_size: tokens a page, of head and full pages alike.
         scale: factor of the scores.
+        settled: as for `paged_attention`.
 
     Returns:
         T [rows, q_heads, head_dim].
     """
     return _ops.kept_attention(
-        q, kept_table, kept_len, tail_table, tail_start, row_offsets, row_position, page_size, scale
+        q, kept_table, kept_len, tail_table, tail_start, row_offsets, row_position, page_size, scale, settled
     )
 
 
@@ -122,6 +130,7 @@ def quant_attention(
     bits: int,
     group: int,
     scale: float,
+    settled: bool = False,
 ) -> Tensor:
     """Draft attention over a quantized cache, then the full-precision tail.
 
@@ -137,13 +146,14 @@ def quant_attention(
         bits: 2, 4 or 8.
         group: tokens a K group and channels a V group; divides page_size and head_dim.
         scale: factor of the scores.
+        settled: as for `paged_attention`.
 
     Returns:
         T [rows, q_heads, head_dim].
     """
     return _ops.quant_attention(
         q, quant_table, quant_len, tail_table, row_offsets, row_position,
-        kv_heads, page_size, bits, group, scale,
+        kv_heads, page_size, bits, group, scale, settled,
     )  # fmt: skip
 
 

@@ -67,6 +67,7 @@ class Bench {
         PagedAttentionParams p{};
         r.into(p, b);
         p.max_pages = b.tokens / kHeads.page_size;
+        p.cache_settled = true;
         p.table_stride_request = p.max_pages;
         const Buffer workspace = workspace_for(p, cuda::paged_attention_workspace_bytes);
         time(rows == 1 ? "full " + b.name() : text("verify ", rows, " rows ", b.name()), kv_bytes, sets,
@@ -101,7 +102,7 @@ class Bench {
     r.into(p, b);
     p.kept_len = len.get<int>(), p.tail_table = tail_table.get<int64_t>(), p.tail_start = start.get<int>();
     p.kept_stride_request = int64_t(kHeads.kv_heads) * max_pages, p.kept_stride_head = max_pages;
-    p.tail_stride_request = 1, p.max_kept_pages = max_pages, p.max_tail_pages = 1;
+    p.tail_stride_request = 1, p.max_kept_pages = max_pages, p.max_tail_pages = 1, p.cache_settled = true;
     const Buffer workspace = workspace_for(p, cuda::kept_attention_workspace_bytes);
     time("kept 0.25 " + b.name(), tokens * kHeads.head_dim * 4, sets, [&](int set, cudaStream_t stream) {
       p.kept_table = table.get<int64_t>() + size_t(set) * heads * max_pages;

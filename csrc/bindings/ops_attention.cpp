@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // torch.ops.vericache.{paged,kept,quant}_attention: checks, params, launch. On the CPU the contents of the tables are
-// checked too; on CUDA that would mean a synchronization, and a bad table is undefined behaviour.
+// checked too; on CUDA that would mean a synchronization, and a bad table is undefined behaviour. `settled` is the
+// caller's promise of params.h (tables_settled, cache_settled); the CPU has no use for it.
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
@@ -92,7 +93,7 @@ PagedAttentionParams paged_params(const at::Tensor& q, const at::Tensor& page_ta
 
 at::Tensor paged_attention_cpu(const at::Tensor& q, const at::Tensor& page_table, const at::Tensor& row_offsets,
                                const at::Tensor& row_position, int64_t kv_heads, int64_t page_size, double scale,
-                               int64_t window) {
+                               int64_t window, bool) {
   at::Tensor out;
   const PagedAttentionParams p =
       paged_params(q, page_table, row_offsets, row_position, kv_heads, page_size, scale, window, out);
@@ -134,7 +135,7 @@ KeptAttentionParams kept_params(const at::Tensor& q, const at::Tensor& kept_tabl
 
 at::Tensor kept_attention_cpu(const at::Tensor& q, const at::Tensor& kept_table, const at::Tensor& kept_len,
                               const at::Tensor& tail_table, const at::Tensor& tail_start, const at::Tensor& row_offsets,
-                              const at::Tensor& row_position, int64_t page_size, double scale) {
+                              const at::Tensor& row_position, int64_t page_size, double scale, bool) {
   at::Tensor out;
   const KeptAttentionParams p =
       kept_params(q, kept_table, kept_len, tail_table, tail_start, row_offsets, row_position, page_size, scale, out);
@@ -183,7 +184,7 @@ QuantAttentionParams quant_params(const at::Tensor& q, const at::Tensor& quant_t
 at::Tensor quant_attention_cpu(const at::Tensor& q, const at::Tensor& quant_table, const at::Tensor& quant_len,
                                const at::Tensor& tail_table, const at::Tensor& row_offsets,
                                const at::Tensor& row_position, int64_t kv_heads, int64_t page_size, int64_t bits,
-                               int64_t group, double scale) {
+                               int64_t group, double scale, bool) {
   at::Tensor out;
   const QuantAttentionParams p = quant_params(q, quant_table, quant_len, tail_table, row_offsets, row_position,
                                               kv_heads, page_size, bits, group, scale, out);
@@ -206,10 +207,11 @@ at::Tensor quant_attention_cpu(const at::Tensor& q, const at::Tensor& quant_tabl
 
 at::Tensor paged_attention_cuda(const at::Tensor& q, const at::Tensor& page_table, const at::Tensor& row_offsets,
                                 const at::Tensor& row_position, int64_t kv_heads, int64_t page_size, double scale,
-                                int64_t window) {
+                                int64_t window, bool settled) {
   at::Tensor out;
   PagedAttentionParams p =
       paged_params(q, page_table, row_offsets, row_position, kv_heads, page_size, scale, window, out);
+  p.tables_settled = p.cache_settled = settled;
   launch_cuda(q, p, cuda::paged_attention, cuda::paged_attention_workspace_bytes);
   return out;
 }
@@ -217,10 +219,11 @@ at::Tensor paged_attention_cuda(const at::Tensor& q, const at::Tensor& page_tabl
 at::Tensor kept_attention_cuda(const at::Tensor& q, const at::Tensor& kept_table, const at::Tensor& kept_len,
                                const at::Tensor& tail_table, const at::Tensor& tail_start,
                                const at::Tensor& row_offsets, const at::Tensor& row_position, int64_t page_size,
-                               double scale) {
+                               double scale, bool settled) {
   at::Tensor out;
   KeptAttentionParams p =
       kept_params(q, kept_table, kept_len, tail_table, tail_start, row_offsets, row_position, page_size, scale, out);
+  p.tables_settled = p.cache_settled = settled;
   launch_cuda(q, p, cuda::kept_attention, cuda::kept_attention_workspace_bytes);
   return out;
 }
@@ -228,10 +231,11 @@ at::Tensor kept_attention_cuda(const at::Tensor& q, const at::Tensor& kept_table
 at::Tensor quant_attention_cuda(const at::Tensor& q, const at::Tensor& quant_table, const at::Tensor& quant_len,
                                 const at::Tensor& tail_table, const at::Tensor& row_offsets,
                                 const at::Tensor& row_position, int64_t kv_heads, int64_t page_size, int64_t bits,
-                                int64_t group, double scale) {
+                                int64_t group, double scale, bool settled) {
   at::Tensor out;
   QuantAttentionParams p = quant_params(q, quant_table, quant_len, tail_table, row_offsets, row_position, kv_heads,
                                         page_size, bits, group, scale, out);
+  p.tables_settled = settled;
   launch_cuda(q, p, cuda::quant_attention, cuda::quant_attention_workspace_bytes);
   return out;
 }
@@ -241,13 +245,14 @@ at::Tensor quant_attention_cuda(const at::Tensor& q, const at::Tensor& quant_tab
 TORCH_LIBRARY_FRAGMENT(vericache, m) {
   m.def(
       "paged_attention(Tensor q, Tensor page_table, Tensor row_offsets, Tensor row_position, int kv_heads, "
-      "int page_size, float scale, int window) -> Tensor");
+      "int page_size, float scale, int window, bool settled=False) -> Tensor");
   m.def(
       "kept_attention(Tensor q, Tensor kept_table, Tensor kept_len, Tensor tail_table, Tensor tail_start, "
-      "Tensor row_offsets, Tensor row_position, int page_size, float scale) -> Tensor");
+      "Tensor row_offsets, Tensor row_position, int page_size, float scale, bool settled=False) -> Tensor");
   m.def(
       "quant_attention(Tensor q, Tensor quant_table, Tensor quant_len, Tensor tail_table, Tensor row_offsets, "
-      "Tensor row_position, int kv_heads, int page_size, int bits, int group, float scale) -> Tensor");
+      "Tensor row_position, int kv_heads, int page_size, int bits, int group, float scale, bool settled=False) -> "
+      "Tensor");
 }
 
 TORCH_LIBRARY_IMPL(vericache, CPU, m) {

@@ -42,6 +42,8 @@ struct PagedAttentionParams {
   // CUDA only, and only for speed: tables, lengths, offsets and positions were complete before the launch that precedes
   // this one in the stream began, so reading them may overlap that launch's end. False is always right.
   bool tables_settled = false;
+  // The same for K and V at positions below a request's lowest row.
+  bool cache_settled = false;
 };
 
 // Draft attention over kept tokens (free of R1): per-head compact head pages, then the full-precision tail.
@@ -61,6 +63,7 @@ struct KeptAttentionParams {
   float scale;
   DType dtype;
   bool tables_settled = false;  // as above
+  bool cache_settled = false;   // the same for kept rows
 };
 
 // Draft attention over a quantized cache (free of R1): quantized pages for positions 0 .. quant_len-1, then the tail.

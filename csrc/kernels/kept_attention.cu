@@ -26,6 +26,9 @@ struct KeptKeys {
     return {0, s.hole_end + max(0, position + 1 - p.tail_start[request])};
   }
 
+  // Tokens before this one were written before the launch that precedes ours, if the caller says so.
+  static __device__ __forceinline__ int settled_end(const Span& s, int) { return s.hole_end; }
+
   // The K and V rows of a token, as elements of `Bytes` bytes.
   struct Place {
     const char* k;
@@ -79,8 +82,7 @@ int max_splits(const KeptAttentionParams& p) {
 template <int kHeadDim>
 void launch_for(const KeptAttentionParams& p, cudaStream_t stream) {
   if (has_wgmma()) {
-    const bool few = int64_t(p.rows) * (p.q_heads / p.kv_heads) <= 16 * int64_t(p.requests);
-    launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 1, 2>>(p, max_splits(p), few, stream);
+    launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 1>>(p, max_splits(p), stream);
     return;
   }
   if (int64_t(p.rows) * (p.q_heads / p.kv_heads) <= 16 * int64_t(p.requests))
@@ -93,9 +95,8 @@ void launch_for(const KeptAttentionParams& p, cudaStream_t stream) {
 
 size_t kept_attention_workspace_bytes(const KeptAttentionParams& p) {
   if (!takes_tensor_cores(p)) return 0;
-  return std::max(
-      split_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim),
-      warpgroup_attention_workspace_bytes(p.rows, p.requests, p.q_heads, p.kv_heads, max_splits(p), p.head_dim));
+  return std::max(split_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim),
+                  warpgroup_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim));
 }
 
 void kept_attention(const KeptAttentionParams& p, cudaStream_t stream) {

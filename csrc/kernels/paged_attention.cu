@@ -26,6 +26,8 @@ struct PagedKeys {
   static __device__ __forceinline__ int2 row_range(const Params& p, const Span&, int, int position) {
     return {p.window > 0 ? max(0, position + 1 - p.window) : 0, position + 1};
   }
+  // Tokens before this one were written before the launch that precedes ours, if the caller says so.
+  static __device__ __forceinline__ int settled_end(const Span&, int first_position) { return first_position; }
   // Element offset of a token's K in its page.
   static __device__ __forceinline__ int64_t offset(const Params& p, int kv_head, int token) {
     return (int64_t(kv_head) * p.page_size + (token & (p.page_size - 1))) * p.head_dim;
@@ -63,11 +65,10 @@ template <int kHeadDim>
 void launch_for(const PagedAttentionParams& p, cudaStream_t stream) {
   const int64_t item_rows = int64_t(p.rows) * (p.q_heads / p.kv_heads);  // of all requests
   if (has_wgmma()) {
-    const bool few = item_rows <= 16 * int64_t(p.requests);
     if (item_rows > 64 * int64_t(p.requests))
-      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 2, 1>>(p, max_splits(p), false, stream);
+      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 2>>(p, max_splits(p), stream);
     else
-      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 1, 2>>(p, max_splits(p), few, stream);
+      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 1>>(p, max_splits(p), stream);
     return;
   }
   if (item_rows <= 16 * int64_t(p.requests))
@@ -82,9 +83,8 @@ void launch_for(const PagedAttentionParams& p, cudaStream_t stream) {
 
 size_t paged_attention_workspace_bytes(const PagedAttentionParams& p) {
   if (!takes_tensor_cores(p)) return 0;
-  return std::max(
-      split_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim),
-      warpgroup_attention_workspace_bytes(p.rows, p.requests, p.q_heads, p.kv_heads, max_splits(p), p.head_dim));
+  return std::max(split_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim),
+                  warpgroup_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim));
 }
 
 void paged_attention(const PagedAttentionParams& p, cudaStream_t stream) {

@@ -23,6 +23,14 @@
 
 namespace vericache::cuda {
 
+// Waits until at most kPending of the latest committed groups are unfinished. Then wgmma_settle what it waited for.
+template <int kPending>
+__device__ __forceinline__ void wgmma_wait_pending() {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
+#endif
+}
+
 // d = a b (kAdd false) or d += a b.
 template <bool kTransposed, bool kAdd>
 __device__ __forceinline__ void wgmma_n64k16(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
