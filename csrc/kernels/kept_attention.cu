@@ -29,6 +29,11 @@ struct KeptKeys {
   // Tokens before this one were written before the launch that precedes ours, if the caller says so.
   static __device__ __forceinline__ int settled_end(const Span& s, int) { return s.hole_end; }
 
+  // Tokens from this one on that may be read, at least as far as its tile goes.
+  static __device__ __forceinline__ int readable(const Span& s, int token) {
+    return (token < s.hole_end ? s.hole_begin : s.hi) - token;
+  }
+
   // The K and V rows of a token, as elements of `Bytes` bytes.
   struct Place {
     const char* k;
@@ -50,7 +55,7 @@ struct KeptKeys {
   }
   static __device__ __forceinline__ Granule granule(const Params& p, const Span& s, int request, int kv_head,
                                                     int token) {
-    const int valid = (token < s.hole_end ? s.hole_begin : s.hi) - token;
+    const int valid = readable(s, token);
     if (valid <= 0) return {static_cast<const char*>(p.q), 0, 0};
     const Place at = place(p, s, request, kv_head, token, 2);
     return {at.k, at.v_offset, min(kGranuleTokens, valid)};

@@ -28,6 +28,8 @@ struct PagedKeys {
   }
   // Tokens before this one were written before the launch that precedes ours, if the caller says so.
   static __device__ __forceinline__ int settled_end(const Span&, int first_position) { return first_position; }
+  // Tokens from this one on that may be read, at least as far as its tile goes.
+  static __device__ __forceinline__ int readable(const Span& s, int token) { return s.hi - token; }
   // Element offset of a token's K in its page.
   static __device__ __forceinline__ int64_t offset(const Params& p, int kv_head, int token) {
     return (int64_t(kv_head) * p.page_size + (token & (p.page_size - 1))) * p.head_dim;

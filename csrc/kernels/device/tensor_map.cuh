@@ -13,9 +13,7 @@
 
 namespace vericache::cuda {
 
-// Of a bf16 matrix [rows, cols], `stride` elements a row (a multiple of 8, base 16-byte aligned), copied in boxes of
-// box_rows (at most 256) x 64 columns. Legal while a stream is captured.
-inline CUtensorMap bf16_matrix_map(const void* base, int64_t rows, int64_t cols, int64_t stride, int box_rows) {
+inline auto tensor_map_encoder() {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* entry = nullptr;
@@ -25,13 +23,20 @@ inline CUtensorMap bf16_matrix_map(const void* base, int64_t rows, int64_t cols,
              "the NVIDIA driver has no cuTensorMapEncodeTiled; a driver for CUDA 12.0 or later is needed.");
     return reinterpret_cast<Encode>(entry);
   }();
+  return encode;
+}
+
+// Of a bf16 matrix [rows, cols], `stride` elements a row (a multiple of 8, base 16-byte aligned), copied in boxes of
+// box_rows (at most 256) x 64 columns. Legal while a stream is captured.
+inline CUtensorMap bf16_matrix_map(const void* base, int64_t rows, int64_t cols, int64_t stride, int box_rows) {
   CUtensorMap map{};
   const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)};
   const cuuint64_t strides[1] = {cuuint64_t(stride) * 2};
   const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, steps[2] = {1, 1};
-  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), sizes, strides,
-                                 box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                 CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result =
+      tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), sizes, strides, box,
+                           steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                           CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   VC_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused a matrix of ", rows, " x ", cols, ", stride ",
            stride, ", box ", box_rows, " (CUresult ", int(result), ").");
   return map;

@@ -2,15 +2,14 @@
 // The attention of split_attention.cuh for Hopper (sm_90a): the same list of work items, splits and partial states,
 // with wgmma. Its bits differ from that kernel's; what must agree is every row count and batch on one device.
 //
-// Block: one or two consumer warpgroups of 64 item rows each (16 a warp), and a producer warpgroup that only copies.
-// One row or 64, the instructions are the same; rows that do not exist cost no exponentials. A row's scores, weights
-// and sums stay in the registers of one quad of lanes: consumer warps exchange nothing.
+// Block: one or two consumer warpgroups of 64 item rows each (16 a warp), and a producer warp (of a warpgroup, which
+// gives its registers away). One row or 64, the instructions are the same; rows that do not exist cost no exponentials.
+// A row's scores, weights and sums stay in the registers of one quad of lanes: consumer warps exchange nothing.
 //
 // Shared memory: a ring of slots of one tile (64 tokens of K, or of V), each head_dim / 64 parts of [64 tokens][128
-// bytes] in the hardware's 128-byte swizzle; barriers; tags; the schedule. Tokens that must not be read are zero-filled
-// by the copy, so memory past a request's last token may hold anything.
-//
-// A slot is full when all copies into it have landed; consumers then fence for wgmma, which reads by another proxy.
+// bytes] in the hardware's 128-byte swizzle; barriers; tags; the schedule. Whole tiles come as bulk copies, whose bytes
+// the slot's barrier counts. A tile with tokens that must not be read is copied by the producer's lanes, which put
+// zeros there, so that memory past a request's last token may hold anything.
 //
 // Reduction order (R1). Per row and split: tiles of 64 tokens in order, cut at absolute multiples of 64. A score is the
 // chain of wgmma k-steps over channels 0-15, 16-31, ...; the weights of a tile enter o as the chain over its tokens
@@ -26,6 +25,7 @@
 #include <atomic>
 #include <cstdint>
 
+#include "row_copy.cuh"
 #include "split_attention.cuh"
 #include "wgmma_rs.cuh"
 
@@ -43,7 +43,7 @@ struct WarpgroupShape {
   static_assert(kSlots % 2 == 0);  // K in even slots, V in odd ones
   // Registers a thread at the start are those of 384 threads a multiprocessor, so that with one consumer warpgroup the
   // merge's blocks find room beside ours.
-  static constexpr int kBoundThreads = 384, kConsumerRegisters = 216, kProducerRegisters = 72;
+  static constexpr int kBoundThreads = 384, kConsumerRegisters = 216, kProducerRegisters = kWarpgroups == 2 ? 72 : 120;
 };
 
 // Items handed out beyond the first of each block, counted in the workspace, whose contents are unknown before a
@@ -65,6 +65,8 @@ struct WarpgroupArgs {
   PartialStates partial;  // state (row, head, split) at index (row * q_heads + head) * max_splits + split
   TaggedCounter* work;
   int max_splits;
+  int box_rows;  // of `map`: 64, whole rows; or kGranuleTokens, one part
+  CUtensorMap map;
 };
 
 template <class Shape>
@@ -72,8 +74,7 @@ struct WarpgroupSmem {
   static constexpr int kFull = Shape::kSlots * Shape::kSlotBytes;
   static constexpr int kEmpty = kFull + Shape::kSlots * 8;
   static constexpr int kTags = kEmpty + Shape::kSlots * 8;
-  static constexpr int kMailbox = kTags + Shape::kSlots * int(sizeof(int));
-  static constexpr int kSchedule = (kMailbox + 2 * int(sizeof(int)) + 15) / 16 * 16;
+  static constexpr int kSchedule = (kTags + Shape::kSlots * int(sizeof(int)) + 15) / 16 * 16;
 
   template <class Keys>
   static size_t bytes(int requests, int kv_heads) {
@@ -88,7 +89,6 @@ struct WarpgroupBlock {
   Schedule<Keys> schedule;
   uint32_t ring_base, full, empty;
   volatile int* tags;  // of a tile of K: its item; -1: no more
-  volatile int* mailbox;
 
   __device__ WarpgroupBlock(const WarpgroupArgs<Keys>& a, unsigned char* smem) : args(a) {
     const uint32_t base = smem_address(smem), pad = (1024 - base % 1024) % 1024;
@@ -97,18 +97,17 @@ struct WarpgroupBlock {
     full = ring_base + Smem::kFull;
     empty = ring_base + Smem::kEmpty;
     tags = reinterpret_cast<volatile int*>(smem + Smem::kTags);
-    mailbox = reinterpret_cast<volatile int*>(smem + Smem::kMailbox);
     schedule.place(smem + Smem::kSchedule, a.p.requests, a.p.kv_heads);
   }
 
   __device__ void init_barriers() const {
     if (threadIdx.x < Shape::kSlots) {
-      mbarrier_init(full + 8 * threadIdx.x, 32 * Shape::kProducerWarps + 1);  // + 1: the tag's writer
+      mbarrier_init(full + 8 * threadIdx.x, 1);
       mbarrier_init(empty + 8 * threadIdx.x, Shape::kConsumerWarps);
     }
   }
 
-  __device__ void produce(int warp) const;
+  __device__ void produce() const;
   __device__ void consume(int warp) const;
 
  private:
@@ -119,92 +118,102 @@ struct WarpgroupBlock {
     return min(split_begin(work.split + 1), span.hi);
   }
 
-  __device__ int take_item(int warp, int items, int& turn) const {
+  __device__ int take_item(int items) const {
     if (items <= int(gridDim.x)) return items;
-    // Two places taken in turn: a warp that runs ahead writes the other one, and waits for us before it comes back.
-    if (warp == 0 && threadIdx.x % 32 == 0) {
-      const int ticket = add_one(args.work);
+    int ticket = 0;
+    if (threadIdx.x % 32 == 0) {
+      ticket = add_one(args.work);
       if (ticket == items - 1) *args.work = 0;  // every block takes one ticket too many: this is the last
-      mailbox[turn] = ticket;
     }
-    named_barrier(15, 32 * Shape::kProducerWarps);
-    const int ticket = mailbox[turn];
-    turn ^= 1;
     return int(gridDim.x) + __shfl_sync(0xffffffffu, ticket, 0);
+  }
+
+  // A tile of K, or of V, by this warp's lanes; zeros where nothing may be read.
+  __device__ void copy_part_of_tile(const WorkItem& work, const Span& span, int token, bool v, uint32_t slot) const {
+    constexpr int kRowChunks = Shape::kHeadDim / 8, kTokensAnInstruction = 32 / kRowChunks;
+    const int lane = threadIdx.x % 32, row0 = lane / kRowChunks, chunk = lane % kRowChunks;
+    const uint32_t to = slot + uint32_t(chunk / 8 * Shape::kPartBytes);
+    for (int first = 0; first < kTileTokens; first += kGranuleTokens) {
+      const Granule from = Keys::granule(args.p, span, work.request, work.kv_head, token + first);
+      const char* base = from.k + (v ? from.v_offset : 0) + lane * 16;
+#pragma unroll
+      for (int j = 0; j < kGranuleTokens; j += kTokensAnInstruction)
+        cp_async16(swizzled(to, first + row0 + j, 128, chunk % 8), base + j * Shape::kHeadDim * 2,
+                   row0 + j < from.valid);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    fence_for_wgmma();
+    __syncwarp();
   }
 };
 
-// Copies tiles in the order of the list; while one tile is issued, the next one's page addresses are on their way.
+// Copies tiles in the order of the list. A lane looks up the place of one box; that lasts for several tiles.
 template <class Keys, class Shape>
-__device__ void WarpgroupBlock<Keys, Shape>::produce(int warp) const {
-  constexpr int kRowBytes = Shape::kHeadDim * 2, kRowChunks = kRowBytes / 16;
-  constexpr int kTokensAnInstruction = 32 / kRowChunks;
-  static_assert(kTileTokens / kGranuleTokens == Shape::kProducerWarps);
-  const int lane = threadIdx.x % 32;
-  const int row0 = warp * kGranuleTokens + lane / kRowChunks, chunk = lane % kRowChunks;
-  const int items = schedule.items(args.p);
-  const bool writes_tags = warp == 0 && lane == 0;
+__device__ void WarpgroupBlock<Keys, Shape>::produce() const {
+  constexpr uint32_t kAll = 0xffffffffu;
+  const auto& p = args.p;
+  const int lane = threadIdx.x % 32, box_rows = args.box_rows, boxes = kTileTokens / box_rows;
+  const int items = schedule.items(p);
   RingCursor ring;
-  int turn = 0;
-
-  int item = int(blockIdx.x), token = 0, end = 0, settled = 0;
-  bool waited = false;  // for the kernel before, whose work K and V from token `settled` on may be
-  WorkItem work{};
-  Span span{};
+  bool waited = false;  // for the kernel before, whose work K and V that are not settled may be
   const auto wait_once = [&]() {
     if (!waited) wait_for_previous_kernel();
     waited = true;
   };
-  const auto start_item = [&]() {
-    if (item >= items) return false;
-    work = schedule.item(args.p, Shape::kRows, item);
-    span = schedule.span[work.unit];
-    token = first_token(work, span);
-    end = end_token(work, span);
-    settled = args.p.cache_settled ? Keys::settled_end(span, schedule.first_pos[work.request]) : 0;
-    return true;
-  };
-  const auto locate = [&]() {
-    return Keys::granule(args.p, span, work.request, work.kv_head, token + kGranuleTokens * warp);
-  };
 
-  bool more = start_item();
-  Granule next{};
-  if (more) next = locate();
-  while (more) {
-    const Granule here = next;
-    const int tag = item;
-    if (token + kTileTokens > settled) wait_once();
-    token += kTileTokens;
-    if (token >= end) {
-      wait_once();  // the counter is this launch's only then
-      item = take_item(warp, items, turn);
-      more = start_item();
-    }
-    if (more) next = locate();
-#pragma unroll
-    for (int part = 0; part < 2; ++part) {  // K, then V
-      mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
-      if (writes_tags) {
-        tags[ring.slot] = tag;
-        mbarrier_arrive(full + 8 * ring.slot);
+  for (int item = int(blockIdx.x); item < items;) {
+    const WorkItem work = schedule.item(p, Shape::kRows, item);
+    const Span span = schedule.span[work.unit];
+    const int settled = p.cache_settled ? Keys::settled_end(span, schedule.first_pos[work.request]) : 0;
+    const int end = end_token(work, span);
+    Granule own{};
+    int box = 32;  // the lane that knows the next tile's first box
+    for (int token = first_token(work, span); token < end; token += kTileTokens, box += boxes) {
+      if (box == 32) {
+        own = Keys::granule(p, span, work.request, work.kv_head, token + lane * box_rows);
+        box = 0;
       }
-      const uint32_t slot = ring_base + uint32_t(ring.slot * Shape::kSlotBytes + chunk / 8 * Shape::kPartBytes);
-      const char* from = here.k + (part ? here.v_offset : 0) + lane * 16;
+      const uint64_t k = __shfl_sync(kAll, reinterpret_cast<uint64_t>(own.k), box + lane % boxes);
+      const int v_offset = __shfl_sync(kAll, own.v_offset, box + lane % boxes);
+      const bool fits = ((k | uint64_t(v_offset)) & (Shape::kHeadDim * 2 - 1)) == 0;
+      const bool whole = Keys::readable(span, token) >= kTileTokens && __all_sync(kAll, fits);
+      if (token + kTileTokens > settled) wait_once();
 #pragma unroll
-      for (int j = 0; j < kGranuleTokens / kTokensAnInstruction; ++j)
-        cp_async16(swizzled(slot, row0 + j * kTokensAnInstruction, 128, chunk % 8), from + j * 512,
-                   lane / kRowChunks + j * kTokensAnInstruction < here.valid);
-      mbarrier_arrive_after_copies(full + 8 * ring.slot);
-      ring.next(Shape::kSlots);
+      for (int v = 0; v < 2; ++v) {
+        mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
+        const uint32_t slot = ring_base + uint32_t(ring.slot * Shape::kSlotBytes), barrier = full + 8 * ring.slot;
+        if (!whole) copy_part_of_tile(work, span, token, v, slot);
+        if (lane == 0) {
+          tags[ring.slot] = item;
+          if (whole)
+            mbarrier_expect(barrier, Shape::kSlotBytes);
+          else
+            mbarrier_arrive(barrier);
+        }
+        __syncwarp();
+        if (whole && lane < boxes) {
+          const uint64_t from = k + (v ? uint64_t(v_offset) : 0);
+          if (box_rows == kTileTokens) {
+            copy_rows<Shape::kHeadDim>(slot, args.map, from, 0, barrier);
+          } else {
+#pragma unroll
+            for (int part = 0; part < Shape::kParts; ++part)
+              copy_rows<Shape::kHeadDim>(slot + uint32_t(part * Shape::kPartBytes + lane * kGranuleTokens * 128),
+                                         args.map, from, part, barrier);
+          }
+        }
+        ring.next(Shape::kSlots);
+      }
     }
+    wait_once();  // the counter is this launch's only then
+    item = take_item(items);
   }
   mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
-  if (writes_tags) {
+  if (lane == 0) {
     tags[ring.slot] = -1;
     mbarrier_arrive(full + 8 * ring.slot);
   }
-  mbarrier_arrive(full + 8 * ring.slot);
 }
 
 template <class Keys, class Shape>
@@ -303,7 +312,6 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
 
   const auto issue_scores = [&](int at) {
     const uint32_t slot = ring_base + uint32_t(at * Shape::kSlotBytes);
-    fence_for_wgmma();
     wgmma_begin();
     wgmma_n64k16<false, false>(s, q[0], wgmma_operand(slot));
 #pragma unroll
@@ -315,7 +323,6 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
   using Weights = uint32_t[kTileTokens / 16][4];
   const auto issue_sums = [&](int at, const Weights& weights) {
     const uint32_t slot = ring_base + uint32_t(at * Shape::kSlotBytes);
-    fence_for_wgmma();
     wgmma_begin();
 #pragma unroll
     for (int k16 = 0; k16 < kTileTokens / 16; ++k16)
@@ -443,6 +450,7 @@ __global__ void __launch_bounds__(Shape::kBoundThreads, 1)
 #if VERICACHE_HAS_WGMMA
   WarpgroupBlock<Keys, Shape> block(args, dynamic_smem());
   block.init_barriers();
+  mbarrier_init_fence();
   if (!args.p.tables_settled) wait_for_previous_kernel();
   block.schedule.build(args.p, Shape::kRows);  // its barriers also order the barriers' initialization
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
@@ -451,7 +459,7 @@ __global__ void __launch_bounds__(Shape::kBoundThreads, 1)
     block.consume(warp);
   } else {
     give_registers<Shape::kProducerRegisters>();
-    block.produce(warp - Shape::kConsumerWarps);
+    if (warp == Shape::kConsumerWarps) block.produce();
   }
 #endif
 }
@@ -474,9 +482,13 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
 
   const int64_t states = int64_t(p.rows) * p.q_heads * max_splits;
   const auto partial = PartialStates::at(p.workspace, states, Shape::kHeadDim);
+  const bool boxes_of_tiles = p.page_size >= kTileTokens;
+  static const CUtensorMap maps[2] = {row_map(Shape::kHeadDim, kGranuleTokens, false),
+                                      row_map(Shape::kHeadDim, kTileTokens, true)};
   allow_all_smem<kernel>(info);
   launch(kernel, {dim3(grid), dim3(Shape::kThreads), smem}, info, stream,
-         WarpgroupArgs<Keys>{p, partial, reinterpret_cast<TaggedCounter*>(partial.ml + states), max_splits});
+         WarpgroupArgs<Keys>{p, partial, reinterpret_cast<TaggedCounter*>(partial.ml + states), max_splits,
+                             boxes_of_tiles ? kTileTokens : kGranuleTokens, maps[boxes_of_tiles]});
   launch(merge_states_kernel<Shape::kHeadDim, RowSplits<Keys>>, {dim3(p.q_heads, p.rows), dim3(32 * kMergeWarps)}, info,
          stream, RowSplits<Keys>{p, max_splits}, partial, static_cast<uint16_t*>(p.out));
 }

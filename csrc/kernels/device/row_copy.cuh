@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bulk copies of K or V rows that lie anywhere in device memory (sm_90), in the 128-byte swizzle of device/wgmma.cuh.
+//
+// Pages are reached by raw addresses, and a tensor map has one base. So the map here describes all of the address space
+// as one tensor of rows, from address 0: what is copied is chosen by the coordinates alone, an address cut in pieces.
+// Dimensions: 64 elements of a row, 2^31 rows, the parts of 64 elements of a row, and what is left of the address.
+#pragma once
+
+#include "tensor_map.cuh"
+
+namespace vericache::cuda {
+
+// Boxes of box_rows rows: all parts of 64 elements, one behind the other, if whole_rows, else one part.
+inline CUtensorMap row_map(int head_dim, int box_rows, bool whole_rows) {
+  const cuuint64_t row_bytes = cuuint64_t(head_dim) * 2, parts = cuuint64_t(head_dim) / 64;
+  const cuuint64_t sizes[4] = {64, cuuint64_t(1) << 31, parts, 1024};
+  const cuuint64_t strides[3] = {row_bytes, 128, row_bytes << 31};
+  const cuuint32_t box[4] = {64, cuuint32_t(box_rows), whole_rows ? cuuint32_t(parts) : 1, 1}, steps[4] = {1, 1, 1, 1};
+  CUtensorMap map{};
+  const CUresult result = tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, nullptr, sizes, strides, box,
+                                               steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                               CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  VC_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused rows of head_dim ", head_dim, " in boxes of ",
+           box_rows, " (CUresult ", int(result), ").");
+  return map;
+}
+
+// Copies a box from `address`, a multiple of the row's bytes, to dst, a multiple of 1024. Its bytes count on `barrier`.
+template <int kHeadDim>
+__device__ __forceinline__ void copy_rows(uint32_t dst, const CUtensorMap& map, uint64_t address, int part,
+                                          uint32_t barrier) {
+  constexpr int kShift = kHeadDim == 128 ? 8 : 7;
+  static_assert(kHeadDim * 2 == 1 << kShift);
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+      " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(dst),
+      "l"(&map), "r"(0), "r"(int(address >> kShift & 0x7fffffff)), "r"(part), "r"(int(address >> (kShift + 31))),
+      "r"(barrier)
+      : "memory");
+#endif
+}
+
+}  // namespace vericache::cuda
