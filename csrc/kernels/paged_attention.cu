@@ -67,10 +67,12 @@ template <int kHeadDim>
 void launch_for(const PagedAttentionParams& p, cudaStream_t stream) {
   const int64_t item_rows = int64_t(p.rows) * (p.q_heads / p.kv_heads);  // of all requests
   if (has_wgmma()) {
-    if (item_rows > 64 * int64_t(p.requests))
-      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 2>>(p, max_splits(p), stream);
+    if (item_rows <= 8 * int64_t(p.requests))
+      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 8>>(p, max_splits(p), stream);
+    else if (item_rows <= 64 * int64_t(p.requests))
+      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 64>>(p, max_splits(p), stream);
     else
-      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 1>>(p, max_splits(p), stream);
+      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 128>>(p, max_splits(p), stream);
     return;
   }
   if (item_rows <= 16 * int64_t(p.requests))

@@ -7,9 +7,10 @@
 // A row's scores, weights and sums stay in the registers of one quad of lanes: consumer warps exchange nothing.
 //
 // Shared memory: a ring of slots of one tile (64 tokens of K, or of V), each head_dim / 64 parts of [64 tokens][128
-// bytes] in the hardware's 128-byte swizzle; barriers; tags; the schedule. Whole tiles come as bulk copies, whose bytes
-// the slot's barrier counts. A tile with tokens that must not be read is copied by the producer's lanes, which put
-// zeros there, so that memory past a request's last token may hold anything.
+// bytes] in the hardware's 128-byte swizzle; q of an item, in parts of the same form, and the positions of its rows;
+// barriers; tags; the schedule. Whole tiles come as bulk copies, whose bytes the slot's barrier counts. A tile with
+// tokens that must not be read is copied by the producer's lanes, which put zeros there, so that memory past a
+// request's last token may hold anything.
 //
 // Reduction order (R1). Per row and split: tiles of 64 tokens in order, cut at absolute multiples of 64. A score is the
 // chain of wgmma k-steps over channels 0-15, 16-31, ...; the weights of a tile enter o as the chain over its tokens
@@ -24,6 +25,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <type_traits>
 
 #include "row_copy.cuh"
 #include "split_attention.cuh"
@@ -31,19 +33,21 @@
 
 namespace vericache::cuda {
 
-template <int kHeadDim_, int kWarpgroups_>
+// kRows: item rows a block takes at a time; 8 where requests have so few, 64 and 128 with one and two warpgroups. With
+// 8 the rows g + 8 of a warp's fragments are nobody's.
+template <int kHeadDim_, int kRows_>
 struct WarpgroupShape {
-  static constexpr int kHeadDim = kHeadDim_, kWarpgroups = kWarpgroups_;
-  static constexpr int kRows = 64 * kWarpgroups;
+  static constexpr int kHeadDim = kHeadDim_, kRows = kRows_, kHalves = kRows == 8 ? 1 : 2;
+  static constexpr int kWarpgroups = kRows == 128 ? 2 : 1, kFragmentRows = 64 * kWarpgroups;
   static constexpr int kConsumerWarps = 4 * kWarpgroups, kProducerWarps = 4;
   static constexpr int kThreads = 32 * (kConsumerWarps + kProducerWarps);
   static constexpr int kParts = kHeadDim / 64, kPartBytes = kTileTokens * 128;
   static constexpr int kSlotBytes = kParts * kPartBytes;
-  static constexpr int kSlots = 192 * 1024 / kSlotBytes;
+  static constexpr int kSlots = 160 * 1024 / kSlotBytes;
   static_assert(kSlots % 2 == 0);  // K in even slots, V in odd ones
   // Registers a thread at the start are those of 384 threads a multiprocessor, so that with one consumer warpgroup the
   // merge's blocks find room beside ours.
-  static constexpr int kBoundThreads = 384, kConsumerRegisters = 216, kProducerRegisters = kWarpgroups == 2 ? 72 : 120;
+  static constexpr int kBoundThreads = 384, kConsumerRegisters = 208, kProducerRegisters = kWarpgroups == 2 ? 88 : 120;
 };
 
 // Items handed out beyond the first of each block, counted in the workspace, whose contents are unknown before a
@@ -71,9 +75,12 @@ struct WarpgroupArgs {
 
 template <class Shape>
 struct WarpgroupSmem {
-  static constexpr int kFull = Shape::kSlots * Shape::kSlotBytes;
+  static constexpr int kQ = Shape::kSlots * Shape::kSlotBytes;  // the ring comes first
+  static constexpr int kPositions = kQ + Shape::kFragmentRows * Shape::kHeadDim * 2;
+  static constexpr int kFull = kPositions + Shape::kFragmentRows * int(sizeof(int));
   static constexpr int kEmpty = kFull + Shape::kSlots * 8;
-  static constexpr int kTags = kEmpty + Shape::kSlots * 8;
+  static constexpr int kQFull = kEmpty + Shape::kSlots * 8, kQEmpty = kQFull + 8;
+  static constexpr int kTags = kQEmpty + 8;
   static constexpr int kSchedule = (kTags + Shape::kSlots * int(sizeof(int)) + 15) / 16 * 16;
 
   template <class Keys>
@@ -87,16 +94,18 @@ struct WarpgroupBlock {
   using Smem = WarpgroupSmem<Shape>;
   const WarpgroupArgs<Keys>& args;
   Schedule<Keys> schedule;
-  uint32_t ring_base, full, empty;
+  uint32_t base, full, empty;
   volatile int* tags;  // of a tile of K: its item; -1: no more
+  const volatile int* positions;
 
   __device__ WarpgroupBlock(const WarpgroupArgs<Keys>& a, unsigned char* smem) : args(a) {
-    const uint32_t base = smem_address(smem), pad = (1024 - base % 1024) % 1024;
+    const uint32_t pad = (1024 - smem_address(smem) % 1024) % 1024;
     smem += pad;
-    ring_base = base + pad;
-    full = ring_base + Smem::kFull;
-    empty = ring_base + Smem::kEmpty;
+    base = smem_address(smem);
+    full = base + Smem::kFull;
+    empty = base + Smem::kEmpty;
     tags = reinterpret_cast<volatile int*>(smem + Smem::kTags);
+    positions = reinterpret_cast<const volatile int*>(smem + Smem::kPositions);
     schedule.place(smem + Smem::kSchedule, a.p.requests, a.p.kv_heads);
   }
 
@@ -104,6 +113,10 @@ struct WarpgroupBlock {
     if (threadIdx.x < Shape::kSlots) {
       mbarrier_init(full + 8 * threadIdx.x, 1);
       mbarrier_init(empty + 8 * threadIdx.x, Shape::kConsumerWarps);
+    }
+    if (threadIdx.x == 0) {
+      mbarrier_init(base + Smem::kQFull, 32);
+      mbarrier_init(base + Smem::kQEmpty, Shape::kConsumerWarps);
     }
   }
 
@@ -126,6 +139,28 @@ struct WarpgroupBlock {
       if (ticket == items - 1) *args.work = 0;  // every block takes one ticket too many: this is the last
     }
     return int(gridDim.x) + __shfl_sync(0xffffffffu, ticket, 0);
+  }
+
+  // q of an item, and its rows' positions; rows beyond the last, where a warp has some, are zero.
+  __device__ void copy_q(const WorkItem& work) const {
+    constexpr int kRowChunks = Shape::kHeadDim / 8;
+    const auto& p = args.p;
+    const int group = p.q_heads / p.kv_heads, query0 = schedule.row_offset[work.request];
+    const int first = work.row_block * Shape::kRows;
+    const int rows = min(Shape::kRows, (schedule.row_offset[work.request + 1] - query0) * group - first);
+    const auto* q_base = static_cast<const uint16_t*>(p.q);
+#pragma unroll 1
+    for (int i = int(threadIdx.x) % 32; i < (rows + 15) / 16 * 16 * kRowChunks; i += 32) {
+      const int local = i / kRowChunks, chunk = i % kRowChunks, item_row = first + local;
+      const int64_t at = (query0 + item_row / group) * p.q_stride_row +
+                         (work.kv_head * group + item_row % group) * p.q_stride_head + chunk * 8;
+      cp_async16(swizzled(base + uint32_t(Smem::kQ + chunk / 8 * Shape::kFragmentRows * 128), local, 128, chunk % 8),
+                 q_base + (local < rows ? at : 0), local < rows);
+    }
+#pragma unroll 1
+    for (int i = int(threadIdx.x) % 32; i < rows; i += 32)
+      cp_async4(base + uint32_t(Smem::kPositions + i * 4), p.row_position + query0 + (first + i) / group);
+    mbarrier_arrive_after_copies(base + Smem::kQFull);
   }
 
   // A tile of K, or of V, by this warp's lanes; zeros where nothing may be read.
@@ -156,7 +191,8 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
   const int lane = threadIdx.x % 32, box_rows = args.box_rows, boxes = kTileTokens / box_rows;
   const int items = schedule.items(p);
   RingCursor ring;
-  bool waited = false;  // for the kernel before, whose work K and V that are not settled may be
+  uint32_t q_parity = 1;
+  bool waited = false;  // for the kernel before, whose work q is, and K and V that are not settled may be
   const auto wait_once = [&]() {
     if (!waited) wait_for_previous_kernel();
     waited = true;
@@ -167,9 +203,18 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
     const Span span = schedule.span[work.unit];
     const int settled = p.cache_settled ? Keys::settled_end(span, schedule.first_pos[work.request]) : 0;
     const int end = end_token(work, span);
+    const auto send_q = [&]() {
+      wait_once();
+      mbarrier_wait(base + Smem::kQEmpty, q_parity);
+      copy_q(work);
+      q_parity ^= 1;
+    };
+    // While the kernel before runs, as many tiles as the ring takes come first.
+    int tiles_before_q = waited ? 0 : Shape::kSlots / 2;
     Granule own{};
     int box = 32;  // the lane that knows the next tile's first box
     for (int token = first_token(work, span); token < end; token += kTileTokens, box += boxes) {
+      if (tiles_before_q-- == 0) send_q();
       if (box == 32) {
         own = Keys::granule(p, span, work.request, work.kv_head, token + lane * box_rows);
         box = 0;
@@ -182,7 +227,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
 #pragma unroll
       for (int v = 0; v < 2; ++v) {
         mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
-        const uint32_t slot = ring_base + uint32_t(ring.slot * Shape::kSlotBytes), barrier = full + 8 * ring.slot;
+        const uint32_t slot = base + uint32_t(ring.slot * Shape::kSlotBytes), barrier = full + 8 * ring.slot;
         if (!whole) copy_part_of_tile(work, span, token, v, slot);
         if (lane == 0) {
           tags[ring.slot] = item;
@@ -206,7 +251,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
         ring.next(Shape::kSlots);
       }
     }
-    wait_once();  // the counter is this launch's only then
+    if (tiles_before_q >= 0) send_q();
     item = take_item(items);
   }
   mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
@@ -218,7 +263,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
 
 template <class Keys, class Shape>
 __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
-  constexpr int kParts = Shape::kParts, kSteps = Shape::kHeadDim / 16;
+  constexpr int kParts = Shape::kParts, kSteps = Shape::kHeadDim / 16, kHalves = Shape::kHalves;
   const auto& p = args.p;
   const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
   const int group = p.q_heads / p.kv_heads;
@@ -229,10 +274,10 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
   if (blockIdx.x == 0 && threadIdx.x == 0 && schedule.items(p) > int(gridDim.x)) atomicExch(args.work, kFreshCounter);
 
   RingCursor ring;
+  uint32_t q_parity = 0;
   int token = 0, end = 0;          // of the item
   int tight_lo = 0, tight_hi = 0;  // every row sees keys tight_lo .. tight_hi - 1
   int hole_begin = 0, hole_end = 0;
-  int halves = 0;       // of this warp's 16 rows that exist
   bool active = false;  // this warpgroup has rows in the item
   int2 range[2] = {};   // of keys, of rows g and g + 8
   uint32_t q[kSteps][4];
@@ -253,32 +298,29 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     end = end_token(work, span);
     const int query0 = schedule.row_offset[work.request];
     const int item_rows = (schedule.row_offset[work.request + 1] - query0) * group;
-    const int skipped = work.row_block * Shape::kRows + warp * 16;
-    active = skipped - warp % 4 * 16 < item_rows;
-    halves = skipped >= item_rows ? 0 : skipped + 8 >= item_rows ? 1 : 2;
+    const int local = warp * 16 + g;  // of the block's rows
+    const int rows = min(Shape::kRows, item_rows - work.row_block * Shape::kRows);
+    active = warp / 4 * 64 < rows;
     tight_lo = Keys::row_range(p, span, work.request, schedule.last_pos[work.request]).x;
     tight_hi = Keys::row_range(p, span, work.request, schedule.first_pos[work.request]).y;
     hole_begin = span.hole_begin;
     hole_end = span.hole_end;
-    const auto* q_base = static_cast<const uint16_t*>(p.q);
+    mbarrier_wait(base + Smem::kQFull, q_parity);
+    q_parity ^= 1;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int i = skipped + half * 8 + g;
-      const bool exists = i < item_rows;
-      const int row = query0 + i / group;
-      range[half] = exists ? Keys::row_range(p, span, work.request, p.row_position[row]) : make_int2(0, 0);
-      const int64_t at = exists ? row * p.q_stride_row + (work.kv_head * group + i % group) * p.q_stride_head : 0;
-#pragma unroll
-      for (int k = 0; k < kSteps; ++k) {
-#pragma unroll
-        for (int k8 = 0; k8 < 2; ++k8) {
-          const uint32_t pair = *reinterpret_cast<const uint32_t*>(q_base + at + k * 16 + k8 * 8 + t * 2);
-          q[k][k8 * 2 + half] = exists ? pair : 0u;
-        }
-      }
+      const bool exists = local + half * 8 < rows;
+      range[half] = exists ? Keys::row_range(p, span, work.request, positions[local + half * 8]) : make_int2(0, 0);
       m[half].raw = negative_infinity();
       l[half] = 0.f;
     }
+    const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
+#pragma unroll
+    for (int k = 0; k < kSteps; ++k)
+      ldmatrix_x4(q[k], swizzled(base + uint32_t(Smem::kQ + k / 4 * Shape::kFragmentRows * 128), row, 128,
+                                 k % 4 * 2 + lane / 16));
+    __syncwarp();
+    if (lane == 0) mbarrier_arrive(base + Smem::kQEmpty);
 #pragma unroll
     for (int part = 0; part < kParts; ++part)
 #pragma unroll
@@ -291,7 +333,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     const int split_lo = split_begin(work.split), split_hi = split_begin(work.split + 1);
     const int skipped = work.row_block * Shape::kRows + warp * 16;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
+    for (int half = 0; half < kHalves; ++half) {
       float sum = l[half];
       sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 1));
       sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 2));
@@ -311,67 +353,74 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
   };
 
   const auto issue_scores = [&](int at) {
-    const uint32_t slot = ring_base + uint32_t(at * Shape::kSlotBytes);
+    const uint32_t slot = wgmma_operand_low(base + uint32_t(at * Shape::kSlotBytes));
     wgmma_begin();
-    wgmma_n64k16<false, false>(s, q[0], wgmma_operand(slot));
+    wgmma_n64k16<false, false>(s, q[0], slot);
 #pragma unroll
     for (int k16 = 1; k16 < kSteps; ++k16)
-      wgmma_n64k16<false, true>(s, q[k16], wgmma_operand(slot + k16 / 4 * Shape::kPartBytes) + 2 * (k16 % 4));
+      wgmma_n64k16<false, true>(s, q[k16], slot + uint32_t(k16 / 4 * Shape::kPartBytes / 16 + 2 * (k16 % 4)));
     wgmma_commit();
   };
 
   using Weights = uint32_t[kTileTokens / 16][4];
   const auto issue_sums = [&](int at, const Weights& weights) {
-    const uint32_t slot = ring_base + uint32_t(at * Shape::kSlotBytes);
+    const uint32_t slot = wgmma_operand_low(base + uint32_t(at * Shape::kSlotBytes));
     wgmma_begin();
 #pragma unroll
     for (int k16 = 0; k16 < kTileTokens / 16; ++k16)
 #pragma unroll
       for (int part = 0; part < kParts; ++part)
-        wgmma_n64k16<true, true>(o[part], weights[k16], wgmma_operand(slot + part * Shape::kPartBytes) + 128 * k16);
+        wgmma_n64k16<true, true>(o[part], weights[k16], slot + uint32_t(part * Shape::kPartBytes / 16 + 128 * k16));
     wgmma_commit();
   };
 
-  // Turns s from scores of the tile at `token` into weights; `rescale` is what multiplies the sums so far.
+  // Turns s from scores of the tile at `token` into weights; `rescale` is what multiplies the sums so far. The halves
+  // go side by side, for one's latency hides behind the other; rows that do not exist go along, for a branch costs
+  // more.
   const auto weigh = [&](float (&rescale)[2]) {
-    const bool masks =
-        token < tight_lo || token + kTileTokens > tight_hi || (token < hole_end && token + kTileTokens > hole_begin);
+    if (token < tight_lo || token + kTileTokens > tight_hi || (token < hole_end && token + kTileTokens > hole_begin)) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      rescale[half] = 1.f;
-      if (half >= halves) continue;  // rows that do not exist
-      if (masks) {
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
-#pragma unroll
-          for (int e = 0; e < 2; ++e) {
-            const int key = token + n * 8 + t * 2 + e;
-            const bool visible = key >= range[half].x && key < range[half].y && (key < hole_begin || key >= hole_end);
-            float& x = s[n * 4 + half * 2 + e];
-            x = visible ? x : negative_infinity();
-          }
+      for (int i = 0; i < 32; ++i) {
+        const int key = token + i / 4 * 8 + t * 2 + i % 2, half = i / 2 % 2;
+        if (half >= kHalves) continue;
+        const bool visible = key >= range[half].x && key < range[half].y && (key < hole_begin || key >= hole_end);
+        s[i] = visible ? s[i] : negative_infinity();
       }
-      float x[4];
-#pragma unroll
-      for (int n = 0; n < 4; ++n) {
-        x[n] = fmaxf(s[n * 4 + half * 2], s[n * 4 + half * 2 + 1]);
-        x[n] = fmaxf(x[n], fmaxf(s[(n + 4) * 4 + half * 2], s[(n + 4) * 4 + half * 2 + 1]));
-      }
-      float largest = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
-      largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-      rescale[half] = m[half].update(largest, c);
-      const float reference = m[half].reference(c);
-      float sum = 0.f;
-#pragma unroll
-      for (int n = 0; n < 8; ++n) {
-        float &w0 = s[n * 4 + half * 2], &w1 = s[n * 4 + half * 2 + 1];
-        w0 = softmax_weight(w0, c, reference);
-        w1 = softmax_weight(w1, c, reference);
-        sum = __fadd_rn(__fadd_rn(sum, w0), w1);
-      }
-      l[half] = __fmaf_rn(l[half], rescale[half], sum);
     }
+    float x[kHalves][4], reference[kHalves], sum[kHalves];
+#pragma unroll
+    for (int n = 0; n < 4; ++n)
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half)
+        x[half][n] = fmaxf(fmaxf(s[n * 4 + half * 2], s[n * 4 + half * 2 + 1]),
+                           fmaxf(s[(n + 4) * 4 + half * 2], s[(n + 4) * 4 + half * 2 + 1]));
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half)
+      x[half][0] = fmaxf(fmaxf(x[half][0], x[half][1]), fmaxf(x[half][2], x[half][3]));
+#pragma unroll
+    for (int step = 1; step < 4; step *= 2)
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half)
+        x[half][0] = fmaxf(x[half][0], __shfl_xor_sync(0xffffffffu, x[half][0], step));
+    rescale[1] = 1.f;
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      rescale[half] = m[half].update(x[half][0], c);
+      reference[half] = m[half].reference(c);
+      sum[half] = 0.f;
+    }
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+      for (int half = 0; half < kHalves; ++half)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& w = s[n * 4 + half * 2 + e];
+          w = softmax_weight(w, c, reference[half]);
+          sum[half] = __fadd_rn(sum[half], w);
+        }
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) l[half] = __fmaf_rn(l[half], rescale[half], sum[half]);
   };
   // Only when the product before has ended: till then it reads its own.
   const auto pack = [&](Weights& weights) {
@@ -379,7 +428,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     for (int n = 0; n < 8; ++n)
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        weights[n / 2][n % 2 * 2 + half] = half < halves ? pack_bf16(s[n * 4 + half * 2], s[n * 4 + half * 2 + 1]) : 0u;
+        weights[n / 2][n % 2 * 2 + half] = pack_bf16(s[n * 4 + half * 2], s[n * 4 + half * 2 + 1]);
   };
 
   while (true) {

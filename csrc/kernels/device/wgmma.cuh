@@ -35,7 +35,7 @@ __device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
 }
 
 // Of a tile at shared address `address`; + 2 moves 16 k on.
-__device__ __forceinline__ uint64_t wgmma_operand(uint32_t address) {
+__device__ __forceinline__ constexpr uint64_t wgmma_operand(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kEightRows = uint64_t(1024 >> 4) << 32, kUnused = 1 << 16;
   return kSwizzle128 | kEightRows | kUnused | ((address & 0x3ffff) >> 4);
 }

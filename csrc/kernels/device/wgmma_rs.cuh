@@ -31,23 +31,27 @@ __device__ __forceinline__ void wgmma_wait_pending() {
 #endif
 }
 
-// d = a b (kAdd false) or d += a b.
+// The low half of wgmma_operand: it alone differs between tiles, and offsets are added to it.
+__device__ __forceinline__ uint32_t wgmma_operand_low(uint32_t address) { return uint32_t(wgmma_operand(address)); }
+
+// d = a b (kAdd false) or d += a b; b as of wgmma_operand_low.
 template <bool kTransposed, bool kAdd>
-__device__ __forceinline__ void wgmma_n64k16(float (&d)[32], const uint32_t (&a)[4], uint64_t b) {
+__device__ __forceinline__ void wgmma_n64k16(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile(
-      "{\n .reg .pred p;\n setp.ne.b32 p, %38, 0;\n"
+      "{\n .reg .pred p;\n .reg .b64 b;\n setp.ne.b32 p, %38, 0;\n mov.b64 b, {%36, %39};\n"
       "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
       "%0, %1, %2, %3, %4, %5, %6, %7, "
       "%8, %9, %10, %11, %12, %13, %14, %15, "
       "%16, %17, %18, %19, %20, %21, %22, %23, "
       "%24, %25, %26, %27, %28, %29, %30, %31 "
-      "}, {%32, %33, %34, %35}, %36, p, 1, 1, %37;\n}"
+      "}, {%32, %33, %34, %35}, b, p, 1, 1, %37;\n}"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]), "+f"(d[6]), "+f"(d[7]), "+f"(d[8]),
         "+f"(d[9]), "+f"(d[10]), "+f"(d[11]), "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]),
         "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
         "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(kTransposed)), "n"(int(kAdd)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(int(kTransposed)), "n"(int(kAdd)),
+        "n"(int(wgmma_operand(0) >> 32)));
 #endif
 }
 
