@@ -2,8 +2,7 @@
 """Drive CMake and ninja; everything else about the package is in pyproject.toml.
 
 Environment: VERICACHE_CUDA (auto, on, off), VERICACHE_CUDA_ARCHS ("90a" or "80;89;90a;120"),
-VERICACHE_CPU_ARCH (default native), VERICACHE_LINEAR_WGMMA (on: Hopper's faster linear, docs/kernels-dense.md),
-VERICACHE_BUILD_DIR (keeps objects between builds), MAX_JOBS.
+VERICACHE_CPU_ARCH (default native), VERICACHE_BUILD_DIR (keeps objects between builds), MAX_JOBS.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ class CMakeBuild(build_ext):
         default_dir = Path(self.build_temp).resolve() / "cmake"
         build_dir = Path(os.environ.get("VERICACHE_BUILD_DIR", default_dir)).resolve()
         options = [f"-DPython_EXECUTABLE={sys.executable}", "-DCMAKE_BUILD_TYPE=Release"]
-        for name in ("VERICACHE_CUDA", "VERICACHE_CUDA_ARCHS", "VERICACHE_CPU_ARCH", "VERICACHE_LINEAR_WGMMA"):
+        for name in ("VERICACHE_CUDA", "VERICACHE_CUDA_ARCHS", "VERICACHE_CPU_ARCH"):
             if name in os.environ:
                 options.append(f"-D{name}={os.environ[name]}")
         cmake, ninja = _tool("cmake"), _tool("ninja")

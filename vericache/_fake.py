@@ -34,8 +34,16 @@ def _quant_attention(
 
 
 @register_fake("vericache::linear")
-def _linear(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, out_float32: bool) -> Tensor:
+def _linear(
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, out_float32: bool,
+    weight_settled: bool = False,
+) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.float32 if out_float32 else x.dtype)
+
+
+@register_fake("vericache::linear_swiglu")
+def _linear_swiglu(x: Tensor, w: Tensor, bias: Tensor | None, weight_settled: bool = False) -> Tensor:
+    return x.new_empty((x.shape[0], w.shape[0] // 2))
 
 
 @register_fake("vericache::rms_norm")

@@ -164,6 +164,7 @@ def linear(
     residual: Tensor | None = None,
     *,
     out_float32: bool = False,
+    weight_settled: bool = False,
 ) -> Tensor:
     """x @ w^T (+ bias) (+ residual), float32 inside, rounded once; the K sum's order depends on (N, K) alone (R1).
 
@@ -173,11 +174,29 @@ def linear(
         bias (T) [n]: or None.
         residual (T) [rows, n]: or None; rows may be strided.
         out_float32: return float32 whatever T is.
+        weight_settled: True promises that no op of this package still running or queued on the stream writes w, as
+            with a model's weights; on CUDA, reading w may then start before the op in front has ended. The result is
+            the same.
 
     Returns:
         T or float32 [rows, n].
     """
-    return _ops.linear(x, w, bias, residual, out_float32)
+    return _ops.linear(x, w, bias, residual, out_float32, weight_settled)
+
+
+def linear_swiglu(x: Tensor, w: Tensor, bias: Tensor | None = None, *, weight_settled: bool = False) -> Tensor:
+    """silu(gate) * up of gate, up = x @ w^T (+ bias): bit for bit `silu_mul(linear(x, w, bias))`, in one op.
+
+    Args:
+        x (T) [rows, k]: rows may be strided.
+        w (T) [2 * dim, k]: gate, then up; contiguous.
+        bias (T) [2 * dim]: or None.
+        weight_settled: as in `linear`.
+
+    Returns:
+        T [rows, dim].
+    """
+    return _ops.linear_swiglu(x, w, bias, weight_settled)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -176,6 +176,41 @@ void linear_invariance(Report& report, int n, int k, DType dtype, bool f32_out, 
                     control ? "seen" : "missed"));
 }
 
+// SwiGLU is bit for bit silu_mul of the plain product, at all row counts.
+inline void swiglu_equality(Report& report, int n, int k, bool quick) {
+  using T = __nv_bfloat16;
+  const int all_rows = quick ? 20 : 140, dim = n / 2;
+  const Buffer x = random_buffer<T>(size_t(all_rows) * k, 51), w = random_buffer<T>(size_t(n) * k, 52, 0.05f);
+  const Buffer bias = random_buffer<T>(n, 53), product(size_t(all_rows) * n * 2 + 64);
+  const Buffer workspace(size_t(all_rows) * n * 2);
+  const Buffer want(size_t(all_rows) * dim * 2), got(size_t(all_rows) * dim * 2 + 64);
+  uint64_t different = 0;
+  bool guard = true, control = true;
+  for (const int rows : {1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 140}) {
+    if (rows > all_rows) break;
+    for (const bool with_bias : {false, true}) {
+      LinearParams p = linear_params(x.get(), w.get(), product.get(), rows, n, k, DType::kBFloat16, false);
+      p.bias = with_bias ? bias.get() : nullptr;
+      LinearParams fused = p;
+      fused.swiglu = true, fused.out = got.get(), fused.out_stride_row = dim, fused.workspace = workspace.get();
+      fused.w_settled = with_bias;
+      got.poison();
+      cuda::linear(fused, nullptr);
+      cuda::linear(p, nullptr);
+      cuda::silu_mul({product.get(), want.get(), n, rows, dim, DType::kBFloat16}, nullptr);
+      different += differences(got.get(), want.get(), nullptr, rows, dim * 2);
+      const auto host = got.to_host<uint16_t>();
+      for (size_t i = size_t(rows) * dim; i < host.size(); ++i) guard &= host[i] == 0xffff;
+      // Control: up and gate change places.
+      cuda::silu_mul({product.get<T>() + 1, want.get(), n, rows, dim, DType::kBFloat16}, nullptr);
+      if (dim > 1) control &= differences(got.get(), want.get(), nullptr, rows, dim * 2) > 0;
+    }
+  }
+  report.check(text("linear_swiglu_", n, "x", k), different == 0 && guard && control,
+               text(different, " differ from silu_mul(linear), guard ", guard ? "intact" : "overwritten", ", control ",
+                    control ? "seen" : "missed"));
+}
+
 inline void linear_checks(Report& report, bool quick) {
   linear_against_double<__nv_bfloat16, bf16>(report, "bfloat16", DType::kBFloat16, 3e-3, quick, cuda::linear);
   linear_against_double<__nv_bfloat16, bf16>(report, "mma", DType::kBFloat16, 3e-3, quick, other_gpus_linear);
@@ -185,6 +220,10 @@ inline void linear_checks(Report& report, bool quick) {
   for (const auto& s : kShapes)
     if (!quick || s[0] * s[1] < 1 << 22)
       linear_invariance<__nv_bfloat16>(report, s[0], s[1], DType::kBFloat16, false, quick);
+  constexpr int kSwiglu[][2] = {{28672, 4096}, {4096, 4096}, {6144, 4096}, {2752, 512}, {1376, 1024},
+                                {48, 64},      {16, 2048},   {122, 72},    {122, 61}};
+  for (const auto& s : kSwiglu)
+    if (!quick || s[0] * s[1] < 1 << 22) swiglu_equality(report, s[0], s[1], quick);
   if (!quick) linear_invariance<__nv_bfloat16>(report, 128256, 4096, DType::kBFloat16, true, quick);
   linear_invariance<__nv_bfloat16>(report, 257, 61, DType::kBFloat16, false, quick);
   linear_invariance<float>(report, 768, 512, DType::kFloat32, false, quick);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The dense ops of a layer: linear, rms_norm, add_rms_norm, rope_write, silu_mul.
+// The dense ops of a layer: linear, linear_swiglu, rms_norm, add_rms_norm, rope_write, silu_mul.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -17,8 +17,13 @@
 namespace vericache::bindings {
 namespace {
 
-at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias,
-                  const std::optional<at::Tensor>& residual, bool out_float32) {
+struct LinearOptions {
+  bool out_float32 = false, swiglu = false, weight_settled = false;
+};
+
+// linear and linear_swiglu.
+at::Tensor product(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias,
+                   const std::optional<at::Tensor>& residual, LinearOptions options) {
   const DType dtype = storage_dtype(x, "x");
   check_shape(x, {-1, -1}, "x");
   check_last_axis_contiguous(x, "x");
@@ -26,6 +31,8 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<
   check_tensor(w, x.scalar_type(), {-1, k}, x, "w", "x");
   const int64_t n = w.size(0);
   VC_CHECK(k > 0, "x has shape ", shape_text(x.sizes()), "; its last axis must not be empty.");
+  VC_CHECK(!options.swiglu || n % 2 == 0, "w has shape ", shape_text(w.sizes()),
+           "; its first axis holds gate, then up, of equal length.");
   if (bias) check_tensor(*bias, x.scalar_type(), {n}, x, "bias", "x");
   if (residual) {
     check_dtype(*residual, x.scalar_type(), "residual");
@@ -34,7 +41,9 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<
     check_last_axis_contiguous(*residual, "residual");
   }
 
-  const at::Tensor out = at::empty({rows, n}, x.options().dtype(out_float32 ? at::kFloat : x.scalar_type()));
+  const int64_t columns = options.swiglu ? n / 2 : n;
+  const at::Tensor out =
+      at::empty({rows, columns}, x.options().dtype(options.out_float32 ? at::kFloat : x.scalar_type()));
   if (out.numel() == 0) return out;
   LinearParams p{};
   p.x = x.const_data_ptr();
@@ -44,12 +53,14 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<
   p.out = out.data_ptr();
   p.x_stride_row = x.stride(0);
   p.residual_stride_row = residual ? residual->stride(0) : 0;
-  p.out_stride_row = n;
+  p.out_stride_row = columns;
   p.rows = extent(rows, "the number of rows of x");
   p.n = extent(n, "the number of rows of w");
   p.k = extent(k, "the last axis of x");
-  p.out_float32 = out_float32;
+  p.out_float32 = options.out_float32;
   p.dtype = dtype;
+  p.swiglu = options.swiglu;
+  p.w_settled = options.weight_settled;
 #ifdef VERICACHE_WITH_CUDA
   if (x.is_cuda()) {
     launch_cuda(x, p, cuda::linear, cuda::linear_workspace_bytes);
@@ -58,6 +69,16 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<
 #endif
   cpu::linear(p);
   return out;
+}
+
+at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias,
+                  const std::optional<at::Tensor>& residual, bool out_float32, bool weight_settled) {
+  return product(x, w, bias, residual, {.out_float32 = out_float32, .weight_settled = weight_settled});
+}
+
+at::Tensor linear_swiglu(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias,
+                         bool weight_settled) {
+  return product(x, w, bias, std::nullopt, {.swiglu = true, .weight_settled = weight_settled});
 }
 
 // rms_norm and add_rms_norm; residual_out is undefined without a residual.
@@ -189,6 +210,7 @@ at::Tensor silu_mul(const at::Tensor& gate_up) {
 
 void bind(torch::Library& m) {
   m.impl("linear", &linear);
+  m.impl("linear_swiglu", &linear_swiglu);
   m.impl("rms_norm", &rms_norm);
   m.impl("add_rms_norm", &add_rms_norm);
   m.impl("rope_write", &rope_write);
@@ -199,7 +221,10 @@ void bind(torch::Library& m) {
 }  // namespace vericache::bindings
 
 TORCH_LIBRARY_FRAGMENT(vericache, m) {
-  m.def("linear(Tensor x, Tensor w, Tensor? bias, Tensor? residual, bool out_float32) -> Tensor");
+  m.def(
+      "linear(Tensor x, Tensor w, Tensor? bias, Tensor? residual, bool out_float32, bool weight_settled=False) -> "
+      "Tensor");
+  m.def("linear_swiglu(Tensor x, Tensor w, Tensor? bias, bool weight_settled=False) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor out, Tensor residual_out)");
   m.def(

@@ -107,19 +107,22 @@ struct QuantPageLayout {
 };
 
 // out = x @ w^T (+ bias) (+ residual), one rounding at the end. R1: the order of the K sum depends on (N, K) alone.
+// With swiglu, w holds n / 2 rows for the gate, then n / 2 for up, and out = silu(gate) * up of the product (with its
+// bias) rounded to T: the bits of silu_mul over the plain product.
 struct LinearParams {
   const void* x;         // [rows, k] T
   const void* w;         // [n, k] T, contiguous
   const void* bias;      // [n] T, or null
-  const void* residual;  // [rows, n] T, or null; may alias out
-  void* out;             // [rows, n] T, or float32 if out_float32
+  const void* residual;  // [rows, n] T, or null; may alias out; null with swiglu
+  void* out;             // [rows, n] T, or float32 if out_float32; [rows, n / 2] T, contiguous, with swiglu
   void* workspace;       // null on the CPU
   int64_t x_stride_row, residual_stride_row, out_stride_row;
   int32_t rows, n, k;
   bool out_float32;
   DType dtype;
-  // CUDA only, and only for speed: w was complete before the launch that precedes this one in the stream began, so
-  // reading it may overlap that launch's end. False is always right.
+  bool swiglu = false;  // then n is even and out_float32 false
+  // CUDA only, and only for speed: nothing that still runs or waits on the stream writes w, so that reading it may
+  // overlap the launches before this one. False is always right.
   bool w_settled = false;
 };
 

@@ -12,6 +12,7 @@
 #include <memory>
 #include <utility>
 
+#include "cpu/activation.h"
 #include "cpu/parallel.h"
 #include "cpu/simd.h"
 
@@ -238,11 +239,22 @@ void run(const LinearParams& p) {
   });
 }
 
+template <class T>
+void run_swiglu(const LinearParams& p) {
+  const auto product = std::make_unique_for_overwrite<T[]>(size_t(p.rows) * size_t(p.n));
+  LinearParams plain = p;
+  plain.swiglu = false;
+  plain.out = product.get();
+  plain.out_stride_row = p.n;
+  run<T>(plain);
+  silu_mul({product.get(), p.out, p.n, p.rows, p.n / 2, p.dtype});
+}
+
 }  // namespace
 
 void linear(const LinearParams& p) {
   if (p.rows == 0 || p.n == 0) return;
-  dispatch(p.dtype, [&](auto t) { run<decltype(t)>(p); });
+  dispatch(p.dtype, [&](auto t) { p.swiglu ? run_swiglu<decltype(t)>(p) : run<decltype(t)>(p); });
 }
 
 }  // namespace vericache::cpu

@@ -4,6 +4,7 @@
 // Grid: (ceil(packs of a row / 256), rows up to 65535, then a stride). Block: 256 threads, 16 bytes of out each.
 #include "device/element.cuh"
 #include "device/launch.cuh"
+#include "device/silu.cuh"
 #include "launchers.h"
 
 namespace vericache::cuda {
@@ -11,8 +12,6 @@ namespace vericache::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + expf(-x)); }
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) silu_mul_rows(const __grid_constant__ SiluMulParams p, bool aligned) {
@@ -30,11 +29,11 @@ __global__ void __launch_bounds__(kThreads) silu_mul_rows(const __grid_constant_
       Pack<T>::load(gate).unpack(g);
       Pack<T>::load(up).unpack(u);
 #pragma unroll
-      for (int i = 0; i < kSize; ++i) g[i] = silu(g[i]) * u[i];
+      for (int i = 0; i < kSize; ++i) g[i] = silu_times(g[i], u[i]);
       Pack<T>::pack(g).store(out);
     } else {
       for (int i = 0; i < kSize && first + i < p.dim; ++i)
-        out[i] = from_float<T>(silu(to_float(gate[i])) * to_float(up[i]));
+        out[i] = from_float<T>(silu_times(to_float(gate[i]), to_float(up[i])));
     }
   }
 }

@@ -18,8 +18,11 @@
 // The cut of k comes from linear_hopper_plan(n, k) and from nothing else. That the instruction's sum over 16 k depends
 // on neither N nor the place in the tile is held by bench/gpu/dense_check.cu (linear_invariance).
 //
-// Taken in a build with VERICACHE_LINEAR_WGMMA. Without it, and on other GPUs, linear_mma.cu; float32 storage, and a k
-// that is no multiple of 8, linear_simple.cu.
+// SwiGLU: a tile is half gate, half up, 8 rows of each in turn, so that a thread's accumulators hold a gate and its up.
+// The sums are those of the plain product. A half that is no multiple of 8 rows goes through the workspace to silu_mul,
+// as with the kernels below.
+//
+// Other GPUs: linear_mma.cu. float32 storage, and a k that is no multiple of 8: linear_simple.cu.
 #include "device/barrier.cuh"
 #include "device/cluster.cuh"
 #include "device/cp_async.cuh"
@@ -87,36 +90,68 @@ __device__ void add_in_cluster(const WgmmaArgs& args, const float (&acc)[kTokens
   spill<kTokens>(acc, partial, threadIdx.x / 128 * 64, rows);
   cluster_barrier();  // all partial tiles are written
   const int token0 = item % args.token_blocks * kTokens, n0 = item / args.token_blocks * rows;
-  const int tokens = min(args.p.rows - token0, kTokens), share = rows / args.splits, vectors = share / 4;
-  for (int i = threadIdx.x; i < tokens * vectors; i += blockDim.x) {
-    const int token = i / vectors, row = rank * share + i % vectors * 4;
-    if (n0 + row >= args.p.n) continue;  // also: each load below is used before the block leaves
+  const int tokens = min(args.p.rows - token0, kTokens), share = rows / args.splits;
+  const auto total = [&](int token, int row) {
     const uint32_t address = smem_address(partial + token * pitch + row);
-    finish4(args.p, args.wide, token0 + token, n0 + row,
-            add_parts(args.splits, [&](int part) { return load_cluster_float4(map_to_rank(address, part)); }));
+    return add_parts(args.splits, [&](int part) { return load_cluster_float4(map_to_rank(address, part)); });
+  };
+  // Each load is used before the block leaves.
+  if (args.p.swiglu) {
+    const int vectors = share / 8;  // of 4 gates
+    for (int i = threadIdx.x; i < tokens * vectors; i += blockDim.x) {
+      const int token = i / vectors, v = i % vectors, row = rank * share + v / 2 * 16 + v % 2 * 4;
+      const int n = n0 / 2 + row / 16 * 8 + row % 8;
+      if (n >= args.p.n / 2) continue;
+      const float4 gate = total(token, row), up = total(token, row + 8);
+      finish_swiglu(args.p, token0 + token, n, gate.x, up.x);
+      finish_swiglu(args.p, token0 + token, n + 1, gate.y, up.y);
+      finish_swiglu(args.p, token0 + token, n + 2, gate.z, up.z);
+      finish_swiglu(args.p, token0 + token, n + 3, gate.w, up.w);
+    }
+  } else {
+    const int vectors = share / 4;
+    for (int i = threadIdx.x; i < tokens * vectors; i += blockDim.x) {
+      const int token = i / vectors, row = rank * share + i % vectors * 4;
+      if (n0 + row < args.p.n) finish4(args.p, args.wide, token0 + token, n0 + row, total(token, row));
+    }
   }
   cluster_barrier_after_reads();  // no block leaves while another reads its partial tile
+}
+
+// write(token, j, i) for each of a thread's tokens that exist: token 8 j + 2 t + i of its tile.
+template <int kTokens, class F>
+__device__ __forceinline__ void for_tokens(int token0, int rows, F write) {
+  int token = token0 + threadIdx.x % 4 * 2;
+#pragma unroll
+  for (int j = 0; j < kTokens / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+      if (token < rows) write(token, j, i);
+      token += i == 0 ? 1 : 7;
+      asm volatile("" : "+r"(token));  // else all addresses are computed first, and do not fit the registers
+    }
+  }
 }
 
 // Writes a tile of one part from the accumulators.
 template <int kTokens>
 __device__ void store_tile(const WgmmaArgs& args, const float (&acc)[kTokens / 2], int item) {
-  const int lane = threadIdx.x % 32, t = lane % 4, row = threadIdx.x / 32 * 16 + lane / 4;
+  const int warp = threadIdx.x / 32, g = threadIdx.x % 32 / 4;
   const int token0 = item % args.token_blocks * kTokens, n0 = item / args.token_blocks * args.rows;
+  if (args.p.swiglu) {
+    const int n = n0 / 2 + warp * 8 + g;
+    if (warp * 16 >= args.rows || n >= args.p.n / 2) return;
+    for_tokens<kTokens>(token0, args.p.rows, [&](int token, int j, int i) {
+      finish_swiglu(args.p, token, n, acc[4 * j + i], acc[4 * j + 2 + i]);
+    });
+    return;
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int n = n0 + row + 8 * half;
-    if (row + 8 * half >= args.rows || n >= args.p.n) break;
-    int token = token0 + 2 * t;
-#pragma unroll
-    for (int j = 0; j < kTokens / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        if (token < args.p.rows) finish1(args.p, token, n, acc[4 * j + 2 * half + i]);
-        token += i == 0 ? 1 : 7;
-        asm volatile("" : "+r"(token));  // else all addresses are computed first, and do not fit the registers
-      }
-    }
+    const int row = warp * 16 + g + 8 * half, n = n0 + row;
+    if (row >= args.rows || n >= args.p.n) return;
+    for_tokens<kTokens>(token0, args.p.rows,
+                        [&](int token, int j, int i) { finish1(args.p, token, n, acc[4 * j + 2 * half + i]); });
   }
 }
 
@@ -137,7 +172,8 @@ struct BoxLoader {
     const int n0 = item / args.token_blocks * args.rows, token0 = item % args.token_blocks * kTokens;
     const int k = (first_stage + kb) * kStageK;
     if (w) mbarrier_expect(barrier, (args.rows + kTokens) * kRowBytes);
-    if (w) copy_box(stage, w_map, k, n0, barrier);
+    if (w && args.p.swiglu) copy_halves(stage, w_map, k, n0 / 2, barrier);
+    if (w && !args.p.swiglu) copy_box(stage, w_map, k, n0, barrier);
     if (x) copy_box(stage + args.w_bytes, x_map, k, token0, barrier);
   }
 
@@ -151,7 +187,7 @@ struct BoxLoader {
 
 // kSplit: k has more than one part, and a cluster a block for each.
 template <int kTokens, bool kSplit>
-__global__ void __launch_bounds__(kMaxThreads, kTokens <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(kMaxThreads, kSplit && kTokens <= 64 ? 2 : 1)
     linear_wgmma(const __grid_constant__ WgmmaArgs args, const __grid_constant__ CUtensorMap w_map,
                  const __grid_constant__ CUtensorMap x_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -240,20 +276,21 @@ void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
   shape.smem = size_t(args.barriers + kMaxStages * 8);
   shape.cluster = kSplit ? args.splits : 1;
   shape.grid = dim3(unsigned(kSplit ? args.items * args.splits : std::min(args.items, info.multiprocessors)));
-  const CUtensorMap w_map = bf16_matrix_map(args.p.w, args.p.n, args.p.k, args.p.k, args.rows);
+  const CUtensorMap w_map = args.p.swiglu ? bf16_halves_map(args.p.w, args.p.n, args.p.k, args.rows)
+                                          : bf16_matrix_map(args.p.w, args.p.n, args.p.k, args.p.k, args.rows);
   const CUtensorMap x_map =
       bf16_matrix_map(args.p.x, args.p.rows, args.p.k, args.p.rows > 1 ? args.p.x_stride_row : args.p.k, kTokens);
   allow_all_smem<linear_wgmma<kTokens, kSplit>>(info);
   launch(linear_wgmma<kTokens, kSplit>, shape, info, stream, args, w_map, x_map);
 }
 
-[[maybe_unused]] void linear_hopper(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream) {
+void linear_hopper(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream) {
   const LinearHopperPlan plan = linear_hopper_plan(p.n, p.k);
   WgmmaArgs args{};
   args.p = p;
   args.splits = plan.splits;
   for (int i = 0; i <= plan.splits; ++i) args.begin[i] = plan.part_begin(i);
-  args.rows = plan.rows;
+  args.rows = p.swiglu ? plan.swiglu_rows() : plan.rows;
   args.wide = can_access_wide(p);
   const int tokens = p.rows <= 8 ? 8 : p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : p.rows <= 64 ? 64 : 128;
   args.token_blocks = (p.rows + tokens - 1) / tokens;
@@ -278,18 +315,36 @@ void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
 
 }  // namespace
 
-size_t linear_workspace_bytes(const LinearParams&) { return 0; }
+namespace {
+
+bool takes_simple(const LinearParams& p) { return p.dtype == DType::kFloat32 || p.k % 8 != 0 || p.k == 0; }
+
+// SwiGLU in the product's own kernel.
+bool fuses_swiglu(const LinearParams& p, const DeviceInfo& info) {
+  return info.hopper && !takes_simple(p) && p.n % 16 == 0;
+}
+
+}  // namespace
+
+size_t linear_workspace_bytes(const LinearParams& p) {
+  if (!p.swiglu || fuses_swiglu(p, device_info())) return 0;
+  return size_t(p.rows) * size_t(p.n) * (p.dtype == DType::kFloat32 ? 4 : 2);
+}
 
 void linear(const LinearParams& p, cudaStream_t stream) {
   if (p.rows <= 0 || p.n <= 0) return;
   const DeviceInfo info = device_info();
-  if (p.dtype == DType::kFloat32 || p.k % 8 != 0 || p.k == 0) return linear_simple(p, info, stream);
+  if (p.swiglu && !fuses_swiglu(p, info)) {
+    LinearParams plain = p;
+    plain.swiglu = false, plain.out = p.workspace, plain.out_stride_row = p.n;
+    linear(plain, stream);
+    return silu_mul({p.workspace, p.out, p.n, p.rows, p.n / 2, p.dtype}, stream);
+  }
+  if (takes_simple(p)) return linear_simple(p, info, stream);
   // Another kernel for an unaligned x would be another order of addition for the same product.
   VC_CHECK(rows_aligned16(p.x, p.x_stride_row, 2) && aligned16(p.w), "linear: the rows of x (stride ", p.x_stride_row,
            " elements) and w must start at multiples of 16 bytes; make them contiguous.");
-#ifdef VERICACHE_LINEAR_WGMMA  // opt-in until the engine's GPU tests have run with it
   if (info.hopper) return linear_hopper(p, info, stream);
-#endif
   linear_mma(p, info, stream);
 }
 

@@ -50,6 +50,8 @@ struct LinearHopperPlan {
   int splits;    // parts of k, added left to right: 1, 2 or 4
   int k_stages;  // ceil(k / 64)
 
+  // Of a tile with SwiGLU: a multiple of 16 * splits. No bits depend on it.
+  constexpr int swiglu_rows() const { return std::max(1, rows / (16 * splits)) * 16 * splits; }
   constexpr int part_begin(int i) const { return int(int64_t(k_stages) * i / splits); }
 };
 

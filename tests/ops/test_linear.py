@@ -116,8 +116,44 @@ def test_nan_and_infinity_stay_in_their_row(dtype: torch.dtype, rng: torch.Gener
     assert_same_bytes(got[clean], want[clean])
 
 
+# (dim, k) of [gate; up]. On a Hopper GPU: k in one part and in several, an odd dim, a k that is no multiple of 8.
+SWIGLU_SHAPES = [(61, 61), (8, 64), (152, 800), (1376, 512), (7168, 256)]
+
+
+def _check_swiglu(rows: int, dim: int, k: int, dtype: torch.dtype, device: str, rng: torch.Generator) -> None:
+    x, w = (t.to(device) for t in _inputs(rows, 2 * dim, k, dtype, rng))
+    bias = torch.randn(2 * dim, generator=rng).to(dtype).to(device)
+    poison_allocator()
+    fused, with_bias = ops.linear_swiglu(x, w), ops.linear_swiglu(x, w, bias, weight_settled=True)
+    assert fused.shape == (rows, dim)
+    assert_same_bytes(fused, ops.silu_mul(ops.linear(x, w, weight_settled=True)))
+    assert_same_bytes(with_bias, ops.silu_mul(ops.linear(x, w, bias)))
+    assert first_difference(fused, ops.silu_mul(ops.linear(x, w.roll(dim, 0)))) is not None  # the halves matter
+
+
+@pytest.mark.parametrize("rows", [1, 13])
+@pytest.mark.parametrize(("dim", "k"), SWIGLU_SHAPES[:3])
+def test_swiglu_is_silu_mul_of_linear(rows: int, dim: int, k: int, dtype: torch.dtype, rng: torch.Generator) -> None:
+    _check_swiglu(rows, dim, k, dtype, "cpu", rng)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("rows", [1, 8, 33, 64, 130])
+@pytest.mark.parametrize(("dim", "k"), SWIGLU_SHAPES)
+def test_swiglu_is_silu_mul_of_linear_cuda(
+    rows: int, dim: int, k: int, dtype: torch.dtype, rng: torch.Generator
+) -> None:
+    _check_swiglu(rows, dim, k, dtype, "cuda", rng)
+
+
+def test_swiglu_bad_input() -> None:
+    with pytest.raises(KernelError, match=r"w has shape \[3, 8\]; its first axis holds gate, then up"):
+        ops.linear_swiglu(torch.zeros(2, 8), torch.zeros(3, 8))
+
+
 def test_empty(dtype: torch.dtype) -> None:
     assert ops.linear(torch.empty(0, 8, dtype=dtype), torch.empty(5, 8, dtype=dtype)).shape == (0, 5)
+    assert ops.linear_swiglu(torch.empty(0, 8, dtype=dtype), torch.empty(6, 8, dtype=dtype)).shape == (0, 3)
 
 
 @pytest.mark.parametrize(

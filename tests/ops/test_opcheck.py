@@ -54,6 +54,7 @@ class Cases:
                 q, quant.view(2, 1), starts, tails, offsets, positions, KV_HEADS, PAGE, BITS, GROUP, scale,
             ),
             "linear": (rand(ROWS, 48), rand(20, 48), rand(20), rand(ROWS, 20), True),
+            "linear_swiglu": (rand(ROWS, 48), rand(20, 48), rand(20), True),
             "rms_norm": (rand(ROWS, 48), rand(48), 1e-6),
             "add_rms_norm": (rand(ROWS, 48), rand(ROWS, 48), rand(48), 1e-6),
             "rope_write": (

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of a linear kernel: bias, residual, the one rounding, the store.
+// The end of a linear kernel: bias, residual, the one rounding, the store; or SwiGLU.
 #pragma once
 
 #include <cstdint>
 
 #include "common/params.h"
 #include "element.cuh"
+#include "silu.cuh"
 
 namespace vericache::cuda {
 
@@ -17,6 +18,17 @@ __device__ __forceinline__ void finish1(const LinearParams& p, int64_t token, in
     static_cast<float*>(p.out)[token * p.out_stride_row + n] = v;
   else
     static_cast<__nv_bfloat16*>(p.out)[token * p.out_stride_row + n] = __float2bfloat16_rn(v);
+}
+
+// One output of SwiGLU, from the sums of its gate and its up.
+__device__ __forceinline__ void finish_swiglu(const LinearParams& p, int64_t token, int n, float gate, float up) {
+  if (p.bias) {
+    const auto* bias = static_cast<const __nv_bfloat16*>(p.bias);
+    gate += to_float(bias[n]);
+    up += to_float(bias[p.n / 2 + n]);
+  }
+  const float v = silu_times(round_to<__nv_bfloat16>(gate), round_to<__nv_bfloat16>(up));
+  static_cast<__nv_bfloat16*>(p.out)[token * p.out_stride_row + n] = __float2bfloat16_rn(v);
 }
 
 // Bias, residual, rounding and store of four neighbouring outputs n .. n+3 of one token.

@@ -15,14 +15,8 @@ inline CUtensorMap row_map(int head_dim, int box_rows, bool whole_rows) {
   const cuuint64_t row_bytes = cuuint64_t(head_dim) * 2, parts = cuuint64_t(head_dim) / 64;
   const cuuint64_t sizes[4] = {64, cuuint64_t(1) << 31, parts, 1024};
   const cuuint64_t strides[3] = {row_bytes, 128, row_bytes << 31};
-  const cuuint32_t box[4] = {64, cuuint32_t(box_rows), whole_rows ? cuuint32_t(parts) : 1, 1}, steps[4] = {1, 1, 1, 1};
-  CUtensorMap map{};
-  const CUresult result = tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 4, nullptr, sizes, strides, box,
-                                               steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                               CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  VC_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused rows of head_dim ", head_dim, " in boxes of ",
-           box_rows, " (CUresult ", int(result), ").");
-  return map;
+  const cuuint32_t box[4] = {64, cuuint32_t(box_rows), whole_rows ? cuuint32_t(parts) : 1, 1};
+  return bf16_tensor_map(nullptr, 4, sizes, strides, box);
 }
 
 // Copies a box from `address`, a multiple of the row's bytes, to dst, a multiple of 1024. Its bytes count on `barrier`.

@@ -13,7 +13,10 @@
 
 namespace vericache::cuda {
 
-inline auto tensor_map_encoder() {
+// Of bf16 elements, 64 of the first axis a box; base and strides (bytes, of the axes after the first) are multiples of
+// 16. Legal while a stream is captured.
+inline CUtensorMap bf16_tensor_map(const void* base, int axes, const cuuint64_t* sizes, const cuuint64_t* strides,
+                                   const cuuint32_t* box) {
   using Encode = decltype(&cuTensorMapEncodeTiled);
   static const Encode encode = [] {
     void* entry = nullptr;
@@ -23,23 +26,31 @@ inline auto tensor_map_encoder() {
              "the NVIDIA driver has no cuTensorMapEncodeTiled; a driver for CUDA 12.0 or later is needed.");
     return reinterpret_cast<Encode>(entry);
   }();
-  return encode;
+  CUtensorMap map{};
+  constexpr cuuint32_t kSteps[4] = {1, 1, 1, 1};
+  const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, cuuint32_t(axes), const_cast<void*>(base),
+                                 sizes, strides, box, kSteps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                 CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  VC_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused a tensor of ", sizes[0], " x ", sizes[1],
+           " elements, stride ", strides[0], " bytes, box ", box[0], " x ", box[1], " (CUresult ", int(result), ").");
+  return map;
 }
 
-// Of a bf16 matrix [rows, cols], `stride` elements a row (a multiple of 8, base 16-byte aligned), copied in boxes of
-// box_rows (at most 256) x 64 columns. Legal while a stream is captured.
+// A matrix [rows, cols], `stride` elements a row, in boxes of box_rows (at most 256) rows.
 inline CUtensorMap bf16_matrix_map(const void* base, int64_t rows, int64_t cols, int64_t stride, int box_rows) {
-  CUtensorMap map{};
-  const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)};
-  const cuuint64_t strides[1] = {cuuint64_t(stride) * 2};
-  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)}, steps[2] = {1, 1};
-  const CUresult result =
-      tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<void*>(base), sizes, strides, box,
-                           steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                           CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  VC_CHECK(result == CUDA_SUCCESS, "cuTensorMapEncodeTiled refused a matrix of ", rows, " x ", cols, ", stride ",
-           stride, ", box ", box_rows, " (CUresult ", int(result), ").");
-  return map;
+  const cuuint64_t sizes[2] = {cuuint64_t(cols), cuuint64_t(rows)}, strides[1] = {cuuint64_t(stride) * 2};
+  const cuuint32_t box[2] = {64, cuuint32_t(box_rows)};
+  return bf16_tensor_map(base, 2, sizes, strides, box);
+}
+
+// A contiguous matrix [rows, cols] whose halves of rows (a multiple of 8 each) go together: a box has 8 rows of the
+// first half, the same 8 of the second, the next 8 of the first, ... box_rows (a multiple of 16) in all.
+// Axes: column, row in 8, half, 8 rows.
+inline CUtensorMap bf16_halves_map(const void* base, int64_t rows, int64_t cols, int box_rows) {
+  const cuuint64_t sizes[4] = {cuuint64_t(cols), 8, 2, cuuint64_t(rows) / 16};
+  const cuuint64_t strides[3] = {cuuint64_t(cols) * 2, cuuint64_t(cols) * cuuint64_t(rows), cuuint64_t(cols) * 16};
+  const cuuint32_t box[4] = {64, 8, 2, cuuint32_t(box_rows) / 16};
+  return bf16_tensor_map(base, 4, sizes, strides, box);
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -61,6 +72,14 @@ __device__ __forceinline__ void copy_box(uint32_t dst, const CUtensorMap& map, i
       "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
           "r"(dst),
       "l"(&map), "r"(col), "r"(row), "r"(barrier) : "memory");
+}
+
+// A box of bf16_halves_map; row: of its first half, a multiple of 8.
+__device__ __forceinline__ void copy_halves(uint32_t dst, const CUtensorMap& map, int col, int row, uint32_t barrier) {
+  VC_SM90(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %4}], "
+      "[%5];" ::"r"(dst),
+      "l"(&map), "r"(col), "r"(0), "r"(row / 8), "r"(barrier) : "memory");
 }
 
 // Fetches the map itself.
