@@ -66,3 +66,22 @@ def _measure_cuda(call: Callable[[], object], repeats: int) -> list[float]:
         end.record()
     torch.cuda.synchronize()
     return [start.elapsed_time(end) / 1e3 for start, end in events]
+
+
+def graph_us(work: Callable[[int], object], launches: int, *, warmup: int = 3, replays: int = 9) -> float:
+    """Median time in microseconds of one of ``launches`` calls ``work(i)`` in a CUDA graph, over its replays.
+
+    As ``time_graph`` of bench/gpu/harness.cuh does it, for what is compared with the kernels timed there: each replay
+    is waited for before the next.
+    """
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(warmup):
+            work(0)  # handles and modules are made before the capture
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for i in range(launches):
+                work(i)
+        seconds = [_measure_cuda(graph.replay, 1)[0] for _ in range(warmup + replays)]
+    return median(seconds[warmup:]) * 1e6 / launches

@@ -25,16 +25,16 @@ from typing import Any
 from bench._env import ROOT, environment
 
 GPU = ROOT / "bench" / "gpu"
-FAMILIES = {"attention": "cudnn_baseline.py", "dense": "cublas_baseline.py"}
+FAMILIES = {"attention": "bench.gpu.cudnn_baseline", "dense": "bench.gpu.cublas_baseline"}
 ATTENTION_SHAPES = ("8x4K", "8x32K", "8x128K", "1x32K", "1x128K")
 DRAFT_BARS = {"kept 0.25": 0.30, "int8": 0.60, "int4": 0.36, "int2": 0.26}
 LINEAR_SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
 
 
 def run(command: Sequence[str], log: Path) -> int:
-    """Runs a program in bench/gpu with its output in a file; the exit code."""
+    """Runs a program with its output in a file; the exit code."""
     with log.open("w") as file:
-        return subprocess.run(command, cwd=GPU, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
+        return subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
 
 
 def times(path: Path) -> dict[str, float]:
@@ -92,7 +92,7 @@ def measure(family: str, build: Path, work: Path) -> dict[str, Any]:
         return result
     bench, baseline = work / f"{family}_bench.json", work / f"{family}_baseline.json"
     run([str(build / f"{family}_bench"), str(bench)], work / f"{family}_bench.log")
-    run([sys.executable, FAMILIES[family], str(baseline)], work / f"{family}_baseline.log")
+    run([sys.executable, "-m", FAMILIES[family], str(baseline)], work / f"{family}_baseline.log")
     ours, theirs = times(bench), times(baseline)
     result["us"], result["baseline_us"] = ours, theirs
     result["bars"] = (attention_bars if family == "attention" else dense_bars)(ours, theirs)

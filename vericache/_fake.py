@@ -108,3 +108,15 @@ def _scatter_tokens(
     head_dim: int, page_size: int,
 ) -> None:  # fmt: skip
     return None
+
+
+@register_fake("vericache::bf16_pack")
+def _bf16_pack(raw_pages: Tensor, packed_pages: Tensor, like: Tensor, elems: int, room: int) -> Tensor:
+    return raw_pages.new_empty(raw_pages.shape)
+
+
+@register_fake("vericache::bf16_unpack")
+def _bf16_unpack(
+    packed_pages: Tensor, packed_bytes: Tensor, raw_pages: Tensor, like: Tensor, elems: int, max_blocks: int
+) -> None:
+    return None

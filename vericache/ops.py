@@ -381,3 +381,53 @@ def scatter_tokens(
 ) -> None:
     """The reverse of `gather_tokens`: head pages are read, full pages written; arguments as there."""
     _ops.scatter_tokens(page_table, head_table, positions, counts, like, head_dim, page_size)
+
+
+def bf16_packed_bound(elems: int) -> int:
+    """Bytes that a page of `elems` bfloat16 values may pack to, whatever they are: about 16.03 bits a value."""
+    return _C.bf16_packed_bound(elems)
+
+
+def bf16_pack(raw_pages: Tensor, packed_pages: Tensor, like: Tensor, *, elems: int, room: int) -> Tensor:
+    """Pack pages of bfloat16 without loss, NaN payloads, infinities and subnormals included.
+
+    Keys and values take about 12 bits instead of 16 (`Bf16PackLayout` in csrc/common/params.h). The bytes are the same
+    on the CPU and on CUDA.
+
+    Args:
+        raw_pages (int64) [pages]: addresses read, `elems` values each.
+        packed_pages (int64) [pages]: addresses written; on CUDA device or pinned host memory. Both kinds of address are
+            multiples of 16; unpacking over the link is faster where these are multiples of 128.
+        like (bfloat16) [any]: gives the device; may be empty.
+        elems: values a page, a multiple of 8.
+        room: bytes at each packed page, at least `bf16_packed_bound(elems)`.
+
+    Returns:
+        (int64) [pages]: bytes in use of each packed page, a multiple of 16. The rest of its room may be cut off.
+    """
+    return _ops.bf16_pack(raw_pages, packed_pages, like, elems, room)
+
+
+def bf16_unpack(
+    packed_pages: Tensor,
+    packed_bytes: Tensor,
+    raw_pages: Tensor,
+    like: Tensor,
+    *,
+    elems: int,
+    max_blocks: int = 0,
+) -> None:
+    """The reverse of `bf16_pack`, bit for bit.
+
+    On the CPU a packed page that is damaged or of another size is refused; on CUDA its contents are trusted, as
+    addresses are.
+
+    Args:
+        packed_pages (int64) [pages]: addresses read; on CUDA device or pinned host memory.
+        packed_bytes (int64) [pages]: bytes in use of each, from `bf16_pack`.
+        raw_pages (int64) [pages]: addresses written, `elems` values each.
+        like (bfloat16) [any]: gives the device; may be empty.
+        elems: values a page, as they were packed.
+        max_blocks: thread blocks at most on CUDA, to leave room beside a transfer; 0: fill the device.
+    """
+    _ops.bf16_unpack(packed_pages, packed_bytes, raw_pages, like, elems, max_blocks)

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """cuBLAS at the shapes of dense_bench, timed the same way: graph replays, weights rotated past the L2.
 
-python cublas_baseline.py [results.json]
+python -m bench.gpu.cublas_baseline [results.json]
 """
 
 import json
-import statistics
 import sys
 from pathlib import Path
 
 import torch
+
+from bench._timing import graph_us
 
 SHAPES = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096)]
 ROWS = [1, 8, 16, 32, 64, 128, 256, 512]
@@ -22,25 +23,7 @@ def time_us(rows: int, n: int, k: int) -> float:
     weights = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) * 0.02 for _ in range(sets)]
     x = torch.randn(rows, k, device="cuda", dtype=torch.bfloat16)
     out = torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
-    launches = max(sets, 12)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        torch.matmul(x, weights[0].t(), out=out)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(launches):
-                torch.matmul(x, weights[i % sets].t(), out=out)
-        times = []
-        for replay in range(12):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record(stream)
-            graph.replay()
-            stop.record(stream)
-            stop.synchronize()
-            if replay >= 3:
-                times.append(start.elapsed_time(stop) * 1000 / launches)
-    return statistics.median(times)
+    return graph_us(lambda i: torch.matmul(x, weights[i % sets].t(), out=out), max(sets, 12))
 
 
 def main() -> None:

@@ -1,17 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """cuDNN's attention at the shapes of attention_bench, timed the same way: graph replays, K and V rotated past the L2.
 
-python cudnn_baseline.py [results.json]
+python -m bench.gpu.cudnn_baseline [results.json]
 """
 
 import json
-import statistics
 import sys
 from pathlib import Path
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+
+from bench._timing import graph_us
 
 SHAPES = [(8, 4096), (8, 32768), (1, 32768), (1, 131072), (8, 131072)]
 Q_HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
@@ -25,26 +26,12 @@ def time_us(batch: int, tokens: int, rows: int) -> float:
     keys = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
     values = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
     q = torch.randn(batch, Q_HEADS, rows, HEAD_DIM, device="cuda", dtype=torch.bfloat16)
-    launches = max(sets, 4)
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream), sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.inference_mode():
-        for _ in range(3):
-            scaled_dot_product_attention(q, keys[0], values[0], enable_gqa=True)
-        stream.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for i in range(launches):
-                scaled_dot_product_attention(q, keys[i % sets], values[i % sets], enable_gqa=True)
-        times = []
-        for replay in range(12):
-            start, stop = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record(stream)
-            graph.replay()
-            stop.record(stream)
-            stop.synchronize()
-            if replay >= 3:
-                times.append(start.elapsed_time(stop) * 1000 / launches)
-    return statistics.median(times)
+
+    def work(i: int) -> None:
+        scaled_dot_product_attention(q, keys[i % sets], values[i % sets], enable_gqa=True)
+
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.inference_mode():
+        return graph_us(work, max(sets, 4))
 
 
 def main() -> None:

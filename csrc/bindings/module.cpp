@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 
 #include "common/error.h"
+#include "common/params.h"
 #include "cpu/parallel.h"
 
 namespace py = pybind11;
@@ -41,6 +42,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("num_threads", &cpu::num_threads, "Threads the CPU kernels use.");
   m.def("set_num_threads", &cpu::set_num_threads, py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
         "Set the number of threads the CPU kernels use (at least 1); results do not depend on it.");
+  m.def(
+      "bf16_packed_bound", [](int64_t elems) { return Bf16PackLayout::make(elems).max_bytes; }, py::arg("elems"),
+      "Bytes that a page of `elems` bfloat16 may pack to.");
 #ifdef VERICACHE_WITH_CUDA
   m.attr("with_cuda") = true;
 #else

@@ -213,11 +213,12 @@ struct TokenMoveParams {
 // in one plane of bytes and the exponent is a 4-bit code: 0 for exponent 0, 1 .. 14 for base + code, 15 for an escape.
 // Element e of a block is element 8 * (e / 1024) + e % 8 of the 16 of lane e % 1024 / 8 (128 lanes).
 //
-// A packed page: Bf16PageHeader | headers [blocks] Bf16BlockHeader | planes [blocks, 128 lanes, 16] uint8, sign << 7 |
-// mantissa | codes [blocks, 128 lanes, 2] uint32, element j of half h in bits 4 * (j / 2) + 16 * (j % 2) of word h |
-// overflow. The first three have a fixed size. A block's overflow, in 16-byte units, is either its escapes, [count]
-// uint32 of (position in the block) << 16 | (all 16 bits of the element), lane after lane, padded with zeros; or, if
-// they are more than 256, the high nibbles of all exponents in the layout of the codes, which then hold the low ones.
+// A packed page: Bf16PageHeader | headers [blocks] Bf16BlockHeader, zeros up to a multiple of 128 bytes | planes
+// [blocks, 128 lanes, 16] uint8, sign << 7 | mantissa | codes [blocks, 128 lanes, 2] uint32, element j of half h in
+// bits 4 * (j / 2) + 16 * (j % 2) of word h | overflow. All but the last have a fixed size. A block's overflow, in
+// 16-byte units, is either its escapes, [count] uint32 of (position in the block) << 16 | (all 16 bits of the element),
+// lane after lane, padded with zeros; or, if they are more than 256, the high nibbles of all exponents in the layout of
+// the codes, which then hold the low ones.
 struct Bf16PageHeader {
   uint32_t overflow_units;  // in use
   uint32_t blocks;
@@ -232,6 +233,7 @@ struct Bf16BlockHeader {
 };
 struct Bf16PackLayout {
   static constexpr int kBlock = 2048, kLanes = 128, kMaxEscapes = 256, kRetryEscapes = 64;
+  static constexpr int kAlign = 128;                 // of planes and codes: what a read over the link asks for at once
   int64_t blocks, headers, planes, codes, overflow;  // count; byte offsets
   int64_t max_bytes;                                 // if every block overflows
 
@@ -239,7 +241,7 @@ struct Bf16PackLayout {
     Bf16PackLayout l{};
     l.blocks = (elems + kBlock - 1) / kBlock;
     l.headers = int64_t(sizeof(Bf16PageHeader));
-    l.planes = (l.headers + l.blocks * int64_t(sizeof(Bf16BlockHeader)) + 15) / 16 * 16;
+    l.planes = (l.headers + l.blocks * int64_t(sizeof(Bf16BlockHeader)) + kAlign - 1) / kAlign * kAlign;
     l.codes = l.planes + l.blocks * kBlock;
     l.overflow = l.codes + l.blocks * kBlock / 2;
     l.max_bytes = l.overflow + l.blocks * kBlock / 2;

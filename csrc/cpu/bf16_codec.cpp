@@ -111,7 +111,8 @@ void pack_page(const uint16_t* raw, uint8_t* packed, int64_t elems, const Bf16Pa
     std::memcpy(packed + l.codes + b * kCodeBytes, codes.data(), kCodeBytes);
     std::memcpy(packed + l.headers + b * int64_t(sizeof header), &header, sizeof header);
   }
-  if (l.blocks % 2 != 0) std::memset(packed + l.planes - sizeof(Bf16BlockHeader), 0, sizeof(Bf16BlockHeader));
+  const int64_t headers_end = l.headers + l.blocks * int64_t(sizeof(Bf16BlockHeader));
+  std::memset(packed + headers_end, 0, size_t(l.planes - headers_end));
   const Bf16PageHeader page{units, uint32_t(l.blocks), 0};
   std::memcpy(packed, &page, sizeof page);
   *bytes = l.overflow + int64_t(units) * 16;
@@ -169,6 +170,28 @@ void bf16_unpack(const Bf16PackParams& p) {
       unpack_page(reinterpret_cast<uint16_t*>(p.raw_pages[i]), reinterpret_cast<const uint8_t*>(p.packed_pages[i]),
                   p.elems, layout);
   });
+}
+
+void bf16_check_packed(const uint8_t* packed, int64_t bytes, int64_t elems, int64_t page) {
+  const auto layout = Bf16PackLayout::make(elems);
+  VC_CHECK(bytes >= layout.overflow, "packed page ", page, " has ", bytes, " bytes; ", elems,
+           " elements take at least ", layout.overflow, ": it is cut off, or of another size.");
+  Bf16PageHeader header;
+  std::memcpy(&header, packed, sizeof header);
+  const int64_t used = layout.overflow + int64_t(header.overflow_units) * 16;
+  VC_CHECK(int64_t(header.blocks) == layout.blocks && header.reserved == 0 && used == bytes, "packed page ", page,
+           " of ", bytes, " bytes is no packed page of ", elems, " elements: its header says ", header.blocks,
+           " blocks in ", used, " bytes; it is damaged, or of another size.");
+  for (int64_t b = 0; b < layout.blocks; ++b) {
+    Bf16BlockHeader block;
+    std::memcpy(&block, packed + layout.headers + b * int64_t(sizeof block), sizeof block);
+    const bool wide = block.count == Bf16BlockHeader::kWide;
+    const int64_t units = wide ? kCodeBytes / 16 : (int64_t(block.count) + 3) / 4;
+    VC_CHECK((wide || block.count <= Bf16PackLayout::kMaxEscapes) && block.base <= 254 - kWindow &&
+                 block.offset + units <= header.overflow_units,
+             "packed page ", page, " is damaged: the header of block ", b, " has ", block.count, " escapes, base ",
+             block.base, " and overflow unit ", block.offset, " of ", header.overflow_units, ".");
+  }
 }
 
 }  // namespace vericache::cpu

@@ -161,8 +161,10 @@ __global__ void __launch_bounds__(kLanes)
     reinterpret_cast<uint2*>(packed + l.codes + int64_t(b) * kCodeBytes)[lane] = make_uint2(code[0], code[1]);
     if (lane == 0) reinterpret_cast<Bf16BlockHeader*>(packed + l.headers)[b] = header;
   }
+  // The gap behind the headers.
+  for (int64_t at = l.headers + l.blocks * int64_t(sizeof(Bf16BlockHeader)) + lane * 8; at < l.planes; at += kLanes * 8)
+    *reinterpret_cast<uint2*>(packed + at) = make_uint2(0, 0);
   if (lane == 0) {
-    if (l.blocks % 2 != 0) reinterpret_cast<Bf16BlockHeader*>(packed + l.headers)[l.blocks] = Bf16BlockHeader{};
     *reinterpret_cast<Bf16PageHeader*>(packed) = Bf16PageHeader{units, uint32_t(l.blocks), 0};
     p.packed_bytes[blockIdx.x] = l.overflow + int64_t(units) * 16;
   }

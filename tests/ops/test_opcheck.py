@@ -38,6 +38,11 @@ class Cases:
         positions = i32(40, 41, 33, 34, 35)
         tails, starts = full[[1, 3]].view(2, 1), i32(PAGE, PAGE)
         like = torch.empty(0, dtype=dtype)
+        bf16 = torch.randn(2, 4096, generator=rng).to(torch.bfloat16)
+        room = ops.bf16_packed_bound(4096)
+        self.raw, self.packed = bf16, torch.zeros(2, room, dtype=torch.uint8)
+        raw, packed, codec_like = addresses(bf16), addresses(self.packed), bf16[:0]
+        packed_bytes = ops.bf16_pack(raw, packed, codec_like, elems=4096, room=room)
         sizes = (like, KV_HEADS, HEAD_DIM, PAGE, BITS, GROUP)
         moved = torch.arange(20, dtype=torch.int32).repeat(KV_HEADS, 1)
         self.arguments: dict[str, tuple[Any, ...]] = {
@@ -45,6 +50,8 @@ class Cases:
             "kv_dequantize": (full[:2], quant, *sizes),
             "gather_tokens": (full, heads, moved, i32(20, 7), like, HEAD_DIM, PAGE),
             "scatter_tokens": (full, heads, moved, i32(20, 7), like, HEAD_DIM, PAGE),
+            "bf16_pack": (raw, packed, codec_like, 4096, room),
+            "bf16_unpack": (packed, packed_bytes, raw, codec_like, 4096, 0),
             "paged_attention": (q, full.view(2, 2), offsets, positions, KV_HEADS, PAGE, scale, 0),
             "kept_attention": (
                 q, heads.expand(2, -1, -1).contiguous(), i32(33, 0, 5, 64).view(2, 2), tails, starts,

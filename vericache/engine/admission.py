@@ -4,12 +4,13 @@
 from __future__ import annotations
 
 from vericache import _C
+from vericache._C import format_bytes
 from vericache.cache.draft import DraftCache, KeptDraft, QuantDraft
 from vericache.cache.full_store import HostKV
 from vericache.cache.pages import KVGeometry, PageRing
 from vericache.compressors.interface import Compressor
 from vericache.config import EngineConfig
-from vericache.engine.memory import Need, activation_bytes, human, need, tail_slots, tail_start_of
+from vericache.engine.memory import Need, activation_bytes, need, tail_slots, tail_start_of
 from vericache.engine.request import Request
 from vericache.errors import CapacityError
 from vericache.models.config import ModelConfig
@@ -39,19 +40,19 @@ class Admission:
         self.host = _C.MemoryLedger(host_budget)
         if not self.ledger.try_reserve(ENGINE, "weights", weight_bytes):
             raise CapacityError(
-                f"the weights take {human(weight_bytes)} and memory_budget is {human(budget)}; "
+                f"the weights take {format_bytes(weight_bytes)} and memory_budget is {format_bytes(budget)}; "
                 f"raise memory_budget above the weights"
             )
         activations = activation_bytes(model, config, geometry.elem)
         if not self.ledger.try_reserve(ENGINE, "activations", activations):
             raise CapacityError(
-                f"beside the weights, the rows of one call need {human(activations)} of activations: "
+                f"beside the weights, the rows of one call need {format_bytes(activations)} of activations: "
                 f"{self.ledger.describe()}; raise memory_budget or lower max_batch or prefill_chunk"
             )
         self.staging_bytes = self._staging() if config.mode in ("vericache", "auto") else 0
         if self.staging_bytes and not self.ledger.try_reserve(ENGINE, "staging", self.staging_bytes):
             raise CapacityError(
-                f"the staging ring of {human(self.staging_bytes)} does not fit beside the weights: "
+                f"the staging ring of {format_bytes(self.staging_bytes)} does not fit beside the weights: "
                 f"{self.ledger.describe()}; lower staging_bytes or raise memory_budget"
             )
         self._fixed = self.ledger.used()
@@ -97,22 +98,23 @@ class Admission:
         budget, room = self.config.budget_bytes(), self.config.budget_bytes() - self._fixed
         if n.device > room:
             return (
-                f"mode {n.mode} needs {n.sentence()}, but memory_budget {human(budget)} leaves {human(room)} "
-                f"after {self.ledger_fixed()}; raise memory_budget or shorten the request"
+                f"mode {n.mode} needs {n.sentence()}, but memory_budget {format_bytes(budget)} leaves "
+                f"{format_bytes(room)} after {self.ledger_fixed()}; raise memory_budget or shorten the request"
             )
         if n.slot > self.staging_bytes and n.mode == "vericache":
             return (
-                f"one layer of the full KV cache needs a staging slot of {human(n.slot)}, the staging ring holds "
-                f"{human(self.staging_bytes)}; raise staging_bytes or memory_budget"
+                f"one layer of the full KV cache needs a staging slot of {format_bytes(n.slot)}, the staging ring "
+                f"holds {format_bytes(self.staging_bytes)}; raise staging_bytes or memory_budget"
             )
         if n.host and not self.host.would_ever_fit(n.host):
-            return f"the full KV cache takes {human(n.host)} of host memory and host_budget is smaller; raise it"
+            return f"the full KV cache takes {format_bytes(n.host)} of host memory and host_budget is smaller; raise it"
         return None
 
     def ledger_fixed(self) -> str:
         """What the engine itself holds, for messages."""
         kinds = self.ledger.used_by_kind()
-        return " + ".join(f"{k} {human(kinds[k])}" for k in ("weights", "activations", "staging") if kinds.get(k))
+        own = (k for k in ("weights", "activations", "staging") if kinds.get(k))
+        return " + ".join(f"{k} {format_bytes(kinds[k])}" for k in own)
 
     def try_admit(self, request: Request) -> bool:
         """Reserve memory in the first mode that fits now and give the request its caches."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from vericache._C import format_bytes
 from vericache.cache.draft import KeptDraft
 from vericache.cache.pages import KVGeometry, PageRing
 from vericache.compressors.interface import Compressor
@@ -12,16 +13,6 @@ from vericache.config import EngineConfig
 from vericache.models.config import ModelConfig
 
 INDEX_BYTES = 4  # of a kept or dropped position
-
-
-def human(nbytes: int) -> str:
-    """A byte count for people."""
-    value = float(nbytes)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            return f"{value:.0f} {unit}" if unit == "bytes" else f"{value:.1f} {unit}"
-        value /= 1024
-    raise AssertionError
 
 
 @dataclass(frozen=True)
@@ -46,7 +37,7 @@ class Need:
     def sentence(self) -> str:
         """The device arithmetic in words."""
         parts = {**self.lasting, **self.prefill}
-        return " + ".join(f"{kind} {human(n)}" for kind, n in parts.items()) + f" = {human(self.device)}"
+        return " + ".join(f"{kind} {format_bytes(n)}" for kind, n in parts.items()) + f" = {format_bytes(self.device)}"
 
 
 def activation_bytes(model: ModelConfig, config: EngineConfig, elem: int) -> int:
