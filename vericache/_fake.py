@@ -11,7 +11,7 @@ from torch.library import register_fake
 @register_fake("vericache::paged_attention")
 def _paged_attention(
     q: Tensor, page_table: Tensor, row_offsets: Tensor, row_position: Tensor,
-    kv_heads: int, page_size: int, scale: float, window: int,
+    kv_heads: int, page_size: int, scale: float, window: int, tables_settled: bool = False,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)
 
@@ -33,7 +33,9 @@ def _quant_attention(
 
 
 @register_fake("vericache::linear")
-def _linear(x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, out_float32: bool) -> Tensor:
+def _linear(
+    x: Tensor, w: Tensor, bias: Tensor | None, residual: Tensor | None, out_float32: bool, w_settled: bool = False
+) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], w.shape[0]), dtype=torch.float32 if out_float32 else x.dtype)
 
 

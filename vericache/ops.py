@@ -57,6 +57,7 @@ def paged_attention(
     page_size: int,
     scale: float,
     window: int = 0,
+    tables_settled: bool = False,
 ) -> Tensor:
     """Full and verify attention over full pages; a row's bits depend on its q, position and K/V alone (R1).
 
@@ -69,11 +70,15 @@ def paged_attention(
         page_size: tokens a page.
         scale: factor of the scores, usually head_dim ** -0.5.
         window: 0 for all keys, w for the last w (position included).
+        tables_settled: for speed on CUDA: page_table, row_offsets and row_position were complete before the launch
+            that precedes this one in the stream began. Changes no bit.
 
     Returns:
         T [rows, q_heads, head_dim].
     """
-    return _ops.paged_attention(q, page_table, row_offsets, row_position, kv_heads, page_size, scale, window)
+    return _ops.paged_attention(
+        q, page_table, row_offsets, row_position, kv_heads, page_size, scale, window, tables_settled
+    )
 
 
 def kept_attention(
@@ -154,6 +159,7 @@ def linear(
     residual: Tensor | None = None,
     *,
     out_float32: bool = False,
+    w_settled: bool = False,
 ) -> Tensor:
     """x @ w^T (+ bias) (+ residual), float32 inside, rounded once; the K sum's order depends on (N, K) alone (R1).
 
@@ -163,11 +169,13 @@ def linear(
         bias (T) [n]: or None.
         residual (T) [rows, n]: or None; rows may be strided.
         out_float32: return float32 whatever T is.
+        w_settled: for speed on CUDA: w was complete before the launch that precedes this one in the stream began.
+            Changes no bit.
 
     Returns:
         T or float32 [rows, n].
     """
-    return _ops.linear(x, w, bias, residual, out_float32)
+    return _ops.linear(x, w, bias, residual, out_float32, w_settled)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

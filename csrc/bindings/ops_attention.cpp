@@ -78,8 +78,9 @@ int64_t check_positions(const Params& p, int32_t r, int64_t lowest, int64_t star
 
 PagedAttentionParams paged_params(const at::Tensor& q, const at::Tensor& page_table, const at::Tensor& row_offsets,
                                   const at::Tensor& row_position, int64_t kv_heads, int64_t page_size, double scale,
-                                  int64_t window, at::Tensor& out) {
+                                  int64_t window, bool tables_settled, at::Tensor& out) {
   PagedAttentionParams p{};
+  p.tables_settled = tables_settled;
   check_table(page_table, {-1, -1}, q, "page_table", "q");
   out = fill_common(p, q, row_offsets, row_position, page_table.size(0), kv_heads, page_size, scale);
   VC_CHECK(window >= 0, "window is ", window, "; it must be 0 (none) or the number of keys a row attends to.");
@@ -92,10 +93,10 @@ PagedAttentionParams paged_params(const at::Tensor& q, const at::Tensor& page_ta
 
 at::Tensor paged_attention_cpu(const at::Tensor& q, const at::Tensor& page_table, const at::Tensor& row_offsets,
                                const at::Tensor& row_position, int64_t kv_heads, int64_t page_size, double scale,
-                               int64_t window) {
+                               int64_t window, bool tables_settled) {
   at::Tensor out;
   const PagedAttentionParams p =
-      paged_params(q, page_table, row_offsets, row_position, kv_heads, page_size, scale, window, out);
+      paged_params(q, page_table, row_offsets, row_position, kv_heads, page_size, scale, window, tables_settled, out);
   check_rows(p);
   for (int32_t r = 0; r < p.requests; ++r) {
     const int64_t tokens = check_positions(p, r, 0, 0, p.max_pages, "page_table");
@@ -206,10 +207,10 @@ at::Tensor quant_attention_cpu(const at::Tensor& q, const at::Tensor& quant_tabl
 
 at::Tensor paged_attention_cuda(const at::Tensor& q, const at::Tensor& page_table, const at::Tensor& row_offsets,
                                 const at::Tensor& row_position, int64_t kv_heads, int64_t page_size, double scale,
-                                int64_t window) {
+                                int64_t window, bool tables_settled) {
   at::Tensor out;
   PagedAttentionParams p =
-      paged_params(q, page_table, row_offsets, row_position, kv_heads, page_size, scale, window, out);
+      paged_params(q, page_table, row_offsets, row_position, kv_heads, page_size, scale, window, tables_settled, out);
   launch_cuda(q, p, cuda::paged_attention, cuda::paged_attention_workspace_bytes);
   return out;
 }
@@ -241,7 +242,7 @@ at::Tensor quant_attention_cuda(const at::Tensor& q, const at::Tensor& quant_tab
 TORCH_LIBRARY_FRAGMENT(vericache, m) {
   m.def(
       "paged_attention(Tensor q, Tensor page_table, Tensor row_offsets, Tensor row_position, int kv_heads, "
-      "int page_size, float scale, int window) -> Tensor");
+      "int page_size, float scale, int window, bool tables_settled=False) -> Tensor");
   m.def(
       "kept_attention(Tensor q, Tensor kept_table, Tensor kept_len, Tensor tail_table, Tensor tail_start, "
       "Tensor row_offsets, Tensor row_position, int page_size, float scale) -> Tensor");

@@ -18,7 +18,7 @@ namespace vericache::bindings {
 namespace {
 
 at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias,
-                  const std::optional<at::Tensor>& residual, bool out_float32) {
+                  const std::optional<at::Tensor>& residual, bool out_float32, bool w_settled) {
   const DType dtype = storage_dtype(x, "x");
   check_shape(x, {-1, -1}, "x");
   check_last_axis_contiguous(x, "x");
@@ -50,6 +50,7 @@ at::Tensor linear(const at::Tensor& x, const at::Tensor& w, const std::optional<
   p.k = extent(k, "the last axis of x");
   p.out_float32 = out_float32;
   p.dtype = dtype;
+  p.w_settled = w_settled;
 #ifdef VERICACHE_WITH_CUDA
   if (x.is_cuda()) {
     launch_cuda(x, p, cuda::linear, cuda::linear_workspace_bytes);
@@ -199,7 +200,7 @@ void bind(torch::Library& m) {
 }  // namespace vericache::bindings
 
 TORCH_LIBRARY_FRAGMENT(vericache, m) {
-  m.def("linear(Tensor x, Tensor w, Tensor? bias, Tensor? residual, bool out_float32) -> Tensor");
+  m.def("linear(Tensor x, Tensor w, Tensor? bias, Tensor? residual, bool out_float32, bool w_settled=False) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor out, Tensor residual_out)");
   m.def(

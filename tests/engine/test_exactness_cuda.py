@@ -108,7 +108,7 @@ def test_control_library_gemm_breaks_bits(monkeypatch: pytest.MonkeyPatch) -> No
     assert _first_problem(torch.float32, chunk=1) is None, "the control starts from a sound engine"
     original = llama.ops.linear
 
-    def library(x, w, bias=None, residual=None, *, out_float32=False):  # type: ignore[no-untyped-def]
+    def library(x, w, bias=None, residual=None, *, out_float32=False, w_settled=False):  # type: ignore[no-untyped-def]
         if x.shape[0] == 1:
             return original(x, w, bias, residual, out_float32=out_float32)
         out = F.linear(x, w, bias)

@@ -63,7 +63,8 @@ class CausalLM:
 
     Args:
         config: the model's shape.
-        weights: T, on one device.
+        weights: T, on one device; whoever changes them later waits for that before the next call, since kernels
+            read weights ahead of the stream's order.
         cos, sin (float32) [max_positions, head_dim / 2]: rotary tables on the same device.
     """
 
@@ -74,6 +75,8 @@ class CausalLM:
         self.sin = sin
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # from here on the weights are settled, as ops.linear means it
 
     @property
     def max_positions(self) -> int:
@@ -147,7 +150,7 @@ class CausalLM:
         """
         w = self.weights
         normed = ops.rms_norm(hidden, w.final_norm, self.config.rms_norm_eps)
-        return ops.linear(normed, w.lm_head, out_float32=True)
+        return ops.linear(normed, w.lm_head, out_float32=True, w_settled=True)
 
     def _run(self, x: Tensor, positions: Tensor, segment: _Segment, kv: KVView) -> Tensor:
         """Layers of one segment; x (T) [active rows, hidden] is the residual stream of exactly its rows."""
@@ -157,16 +160,16 @@ class CausalLM:
         active = segment.active
         for layer in range(segment.lo, segment.hi):
             w = self.weights.layers[layer]
-            qkv = ops.linear(ops.rms_norm(x, w.input_norm, eps), w.qkv, w.qkv_bias)
+            qkv = ops.linear(ops.rms_norm(x, w.input_norm, eps), w.qkv, w.qkv_bias, w_settled=True)
             pages = kv.write_pages(layer, active)
             q = ops.rope_write(
                 qkv, w.q_norm, w.k_norm, cos, sin, positions, pages,
                 q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, eps=eps,
             )  # fmt: skip
             attended = kv.attend(layer, q, active)
-            x = ops.linear(attended.view(-1, q_size), w.out, w.out_bias, x)
-            gate_up = ops.linear(ops.rms_norm(x, w.post_norm, eps), w.gate_up, w.gate_up_bias)
-            x = ops.linear(ops.silu_mul(gate_up), w.down, w.down_bias, x)
+            x = ops.linear(attended.view(-1, q_size), w.out, w.out_bias, x, w_settled=True)
+            gate_up = ops.linear(ops.rms_norm(x, w.post_norm, eps), w.gate_up, w.gate_up_bias, w_settled=True)
+            x = ops.linear(ops.silu_mul(gate_up), w.down, w.down_bias, x, w_settled=True)
         return x
 
 
