@@ -103,7 +103,7 @@ class StepView:
         c = self._config
         return ops.paged_attention(
             q, self._tables[layer], self._offsets, self._positions,
-            kv_heads=c.kv_heads, page_size=PAGE_SIZE, scale=c.softmax_scale,
+            kv_heads=c.kv_heads, page_size=PAGE_SIZE, scale=c.softmax_scale, tables_settled=True,
         )  # fmt: skip
 
 
