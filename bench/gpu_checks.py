@@ -31,15 +31,14 @@ from bench.gpu_programs import FAMILIES, build, check, run, say
 PARTS = ("checks", "sanitizer", "pytest")
 TOOLS = ("memcheck", "racecheck")
 SMALL = {"attention": ["", "quick"], "dense": ["--quick"]}  # arguments of the small cases
-SANITIZER_SECONDS = 300
 
 
-def sanitize(tool: str, family: str, folder: Path, work: Path) -> dict[str, Any]:
+def sanitize(tool: str, family: str, folder: Path, work: Path, seconds: int) -> dict[str, Any]:
     """One program's small cases under one tool of compute-sanitizer."""
     log = work / f"{family}_{tool}.log"
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
     started = time.perf_counter()
-    code = run([*command, str(folder / f"{family}_check"), *SMALL[family]], log, timeout=SANITIZER_SECONDS)
+    code = run([*command, str(folder / f"{family}_check"), *SMALL[family]], log, timeout=seconds)
     lines = log.read_text(errors="replace").splitlines()
     summary = [line.lstrip("= ") for line in lines if "SUMMARY" in line]
     result = {
@@ -47,7 +46,7 @@ def sanitize(tool: str, family: str, folder: Path, work: Path) -> dict[str, Any]
         "program": f"{family}_check",
         "exit_code": code,
         "seconds": round(time.perf_counter() - started, 1),
-        "summary": summary[-1] if summary else f"no summary within {SANITIZER_SECONDS} s",
+        "summary": summary[-1] if summary else f"no summary within {seconds} s",
         "checks_run": sum(line.startswith(("ok ", "FAIL ")) for line in lines),
     }
     if code:
@@ -97,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu", help="where the programs are built")
     parser.add_argument("--jobs", type=int, default=16, help="compilers at once")
     parser.add_argument("--pytest", default="", help="further arguments of pytest, in one string")
+    parser.add_argument("--sanitizer-seconds", type=int, default=300, help="limit of each run under compute-sanitizer")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu-checks.json")
     arguments = parser.parse_args(argv)
     folder, out = arguments.build.resolve(), arguments.out.resolve()
@@ -116,7 +116,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         version = None if "sanitizer" in arguments.skip else sanitizer_version()
         # Slow and without a clock to disturb: beside the tests.
         runs = [
-            pool.submit(sanitize, tool, family, folder, work) for family in FAMILIES for tool in TOOLS if version
+            pool.submit(sanitize, tool, family, folder, work, arguments.sanitizer_seconds)
+            for family in FAMILIES
+            for tool in TOOLS
+            if version
         ]
         if "pytest" not in arguments.skip:
             result["pytest"] = run_pytest(shlex.split(arguments.pytest), out.parent, work)
