@@ -20,7 +20,7 @@ help:
 	@echo "make test       run the tests"
 	@echo "make lint       ruff, mypy, clang-format"
 	@echo "make build      build the extension into .venv"
-	@echo "make gpu-test   run the tests that need a GPU"
+	@echo "make gpu-test   on a GPU: check the kernels, also under compute-sanitizer, and run the tests that need one"
 	@echo "make gpu-bench  run the benchmarks on a GPU"
 	@echo "make tables     write the tables of README.md from bench/results"
 	@echo "make clean      remove .venv and build outputs"
@@ -53,10 +53,11 @@ format: $(VENV)/.made
 	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 gpu-test: build
-	VERICACHE_RESULTS=bench/results $(PY) -m pytest -m cuda $(PYTEST_ARGS)
+	$(PY) -m bench.gpu_checks --pytest "$(PYTEST_ARGS)"
 
 gpu-bench: build
 	$(PY) -m bench.gpu_kernels
+	$(PY) -m bench.decode_step
 	$(PY) -m bench.exactness --device cuda --out bench/results/exactness-gpu.json
 	$(PY) -m bench.tables
 

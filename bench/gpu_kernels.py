@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -23,18 +22,12 @@ from pathlib import Path
 from typing import Any
 
 from bench._env import ROOT, environment
+from bench.gpu_programs import FAMILIES, build, check, run, say
 
-GPU = ROOT / "bench" / "gpu"
-FAMILIES = {"attention": "bench.gpu.cudnn_baseline", "dense": "bench.gpu.cublas_baseline"}
+BASELINES = {"attention": "bench.gpu.cudnn_baseline", "dense": "bench.gpu.cublas_baseline"}
 ATTENTION_SHAPES = ("8x4K", "8x32K", "8x128K", "1x32K", "1x128K")
 DRAFT_BARS = {"kept 0.25": 0.30, "int8": 0.60, "int4": 0.36, "int2": 0.26}
 LINEAR_SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
-
-
-def run(command: Sequence[str], log: Path) -> int:
-    """Runs a program with its output in a file; the exit code."""
-    with log.open("w") as file:
-        return subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False).returncode
 
 
 def times(path: Path) -> dict[str, float]:
@@ -78,21 +71,14 @@ def dense_bars(ours: dict[str, float], cublas: dict[str, float]) -> list[dict[st
     return rows
 
 
-def measure(family: str, build: Path, work: Path) -> dict[str, Any]:
-    """Checks and, if they pass, times one family; the result, with the ends of the logs where something failed."""
-    check = work / f"{family}_check.json"
-    log = work / f"{family}_check.log"
-    code = run([str(build / f"{family}_check"), str(check)], log)
-    result: dict[str, Any] = {
-        "check_exit_code": code,
-        "checks": json.loads(check.read_text()) if check.exists() else [],
-    }
-    if code:
-        result["log"] = log.read_text().splitlines()[-10:]
+def measure(family: str, folder: Path, work: Path) -> dict[str, Any]:
+    """Checks and, if they pass, times one family."""
+    result = check(family, folder, work)
+    if result["check_exit_code"]:
         return result
     bench, baseline = work / f"{family}_bench.json", work / f"{family}_baseline.json"
-    run([str(build / f"{family}_bench"), str(bench)], work / f"{family}_bench.log")
-    run([sys.executable, "-m", FAMILIES[family], str(baseline)], work / f"{family}_baseline.log")
+    run([str(folder / f"{family}_bench"), str(bench)], work / f"{family}_bench.log")
+    run([sys.executable, "-m", BASELINES[family], str(baseline)], work / f"{family}_baseline.log", cwd=ROOT)
     ours, theirs = times(bench), times(baseline)
     result["us"], result["baseline_us"] = ours, theirs
     result["bars"] = (attention_bars if family == "attention" else dense_bars)(ours, theirs)
@@ -102,31 +88,25 @@ def measure(family: str, build: Path, work: Path) -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """Builds, checks, times, writes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", choices=sorted(FAMILIES), help="one family of kernels")
+    parser.add_argument("--only", choices=FAMILIES, help="one family of kernels")
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu", help="where the programs are built")
     parser.add_argument("--jobs", type=int, default=16, help="compilers at once")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu-kernels.json")
     arguments = parser.parse_args(argv)
-    build = arguments.build.resolve()
-    families = [arguments.only] if arguments.only else sorted(FAMILIES)
-    make = ["make", "-s", "-C", str(GPU), f"-j{arguments.jobs}", f"BUILD={build}", *families]
-    built = subprocess.run(make, check=False)
-    if built.returncode:
-        return built.returncode
-    with tempfile.TemporaryDirectory() as folder:
+    folder = arguments.build.resolve()
+    families = [arguments.only] if arguments.only else list(FAMILIES)
+    if code := build(folder, families, arguments.jobs):
+        return code
+    with tempfile.TemporaryDirectory() as name:
         result: dict[str, Any] = {"environment": environment("cuda")}
         for family in families:
-            result[family] = measure(family, build, Path(folder))
+            result[family] = measure(family, folder, Path(name))
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     arguments.out.write_text(json.dumps(result, indent=1) + "\n")
     failed = 0
     for family in families:
-        bad = [c for c in result[family]["checks"] if not c["ok"]]
-        code = result[family]["check_exit_code"]
-        print(f"{family}: {len(result[family]['checks'])} checks, {len(bad)} failed, exit code {code}")
-        for line in [f"  FAILED {c['check']}: {c['detail']}" for c in bad] + result[family].get("log", []):
-            print(line)
-        failed += bool(code)
+        say(family, result[family])
+        failed += bool(result[family]["check_exit_code"])
         for row in result[family].get("bars", []):
             verdict = "ok  " if row["ratio"] <= row["bar"] else "over"
             us = "" if row["us"] is None else f"{row['us']:9.1f} us"

@@ -83,6 +83,59 @@ def kernels(result: dict[str, Any]) -> str:
     return table(head, rows) + "\n" + caption + where(result["environment"])
 
 
+def decode_step(result: dict[str, Any]) -> str:
+    """The table of bench/decode_step.py."""
+    rows = []
+    for row in result["rows"]:
+        ms, floor = row["ms"]["median"], row["floor_ms"]
+        vllm = [f"{row[key]:.1f}" if row[key] else "" for key in ("vllm_ms", "vllm_batch_invariant_ms")]
+        read = (row["weight_bytes"] + row["kv_bytes"]) / 1e9
+        rows.append([
+            row["shape"], f"{read:.1f} GB", f"{floor['datasheet']:.2f}, {floor['copy_rate']:.2f}", f"{ms:.2f}",
+            f"{ms / floor['copy_rate']:.2f}x", f"{row['sampled_ms']:.2f}", *vllm, str(row.get("launches_a_layer", "")),
+        ])  # fmt: skip
+    head = ["requests", "weights and KV", "floor, ms", "ms a step", "of the floor", "sampled", "vLLM",
+            "vLLM, batch-invariant", "launches a layer"]  # fmt: skip
+    checks = [row["invariance"] for row in result["rows"]]
+    compared, differ = (sum(c[key] for c in checks) for key in ("rows_compared", "values_that_differ"))
+    rates = result["ceilings"]
+    caption = (
+        f"{result['settings']['model']}, random weights. Floors: bytes over the datasheet's "
+        f"{rates['datasheet_gb_s']:.0f} GB/s and over the {rates['copy_gb_s']:.0f} GB/s of a copy in the same run. "
+        f"Before timing, "
+        f"{compared} rows of logits were compared with each request alone, one token a step, and with the batch "
+        f"reversed: {differ} values differ. vLLM 0.24: on an H200, the same shape. "
+    )
+    return table(head, rows) + "\n" + caption + where(result["environment"])
+
+
+def gpu_checks(result: dict[str, Any]) -> str:
+    """The bitwise table of bench/gpu_checks.py, and what compute-sanitizer said."""
+    rows = [
+        [row["shape"], row["row_counts"], f"{row['compared']:,}", str(row["different"]),
+         "noticed" if row["control_noticed"] else "missed"]
+        for row in result["bitwise"]
+    ]  # fmt: skip
+    checks = [c for family in ("attention", "dense") for c in result[family]["checks"]]
+    said = [f"{run['tool']} of `{run['program']}`: {run['summary']}" for run in result["sanitizer"]["runs"]]
+    caption = f"{sum(c['ok'] for c in checks)} of {len(checks)} kernel checks pass. "
+    caption += f"compute-sanitizer, small cases of every kernel: {'; '.join(said)}. " if said else ""
+    caption += f"Tests on the GPU: {result['pytest']['summary']}. " if "pytest" in result else ""
+    head = ["kernel", "rows a request, or M", "rows compared with the same row alone", "values that differ", "control"]
+    return table(head, rows) + "\n" + caption + where(result["environment"])
+
+
+def engine_shape(result: dict[str, Any]) -> str:
+    """One sentence from the engine's runs on the 8B shape (tests/engine/test_8b_shape.py)."""
+    r = result["result"]
+    return (
+        f"C1 and C2 with {r['layers']} layers of an 8B Llama and prompts of 1000 to 3001 tokens, `full` and "
+        f"`vericache` with {len(r['compressors'])} compressors: {r['differences']} differences in {r['tokens']:,} "
+        f"emitted tokens, {r['drafted'] - r['matched']:,} of {r['drafted']:,} drafted tokens rejected. "
+        + where(result["environment"])
+    )
+
+
 def engine_exactness(result: dict[str, Any]) -> str:
     """One sentence from the GPU's random engine runs (tests/engine/test_exactness_cuda.py)."""
     r = result["result"]
@@ -100,6 +153,9 @@ WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "acceptance.json": exactness,
     "gpu-kernels.json": kernels,
     "engine-exactness-gpu.json": engine_exactness,
+    "engine-8b-shape-gpu.json": engine_shape,
+    "decode-step.json": decode_step,
+    "gpu-checks.json": gpu_checks,
 }
 
 

@@ -23,9 +23,10 @@ else
   "$venv/bin/python" -m pip install -qq $torch
 fi
 
-# A machine without a network but with everything in place still works.
-if ! "$venv/bin/python" -c 'import cmake, hypothesis, jinja2, ninja, numpy, pytest, rich, safetensors, setuptools, \
-     tokenizers, transformers, typer' 2>/dev/null; then
+# A machine without a network but with everything in place still works. CMake and ninja may be the system's.
+if ! { PATH=$venv/bin:$PATH command -v cmake && PATH=$venv/bin:$PATH command -v ninja && "$venv/bin/python" -c 'import \
+     hypothesis, jinja2, numpy, pytest, rich, safetensors, setuptools, tokenizers, transformers, typer'; } \
+     >/dev/null 2>&1; then
   "$venv/bin/python" -m pip install -qq --requirement "$(dirname "$0")/../requirements-dev.txt"
 fi
 "$venv/bin/python" -c 'import sys, torch; print(f"{sys.prefix}: Python {sys.version.split()[0]}, torch {torch.__version__}")'

@@ -5,6 +5,8 @@
 // Against float64: full, kept and quantized attention, with NaN in every slot that must not be read.
 // Invariance (R1), on bytes: a position's row alone is the reference; then 1 .. 128 rows together, batches of mixed
 // requests, shuffled pages, 20 repeats. The control, one changed bit of one old key, must be noticed.
+// The same at the sizes that attention_bench times (attention_bitwise.cuh): the rows named `bitwise`.
+#include "attention_bitwise.cuh"
 #include "attention_cases.cuh"
 
 namespace {
@@ -188,7 +190,9 @@ int main(int argc, char** argv) try {
     check_quant(report, {32, 8, 128, 64}, bits, 32);
     check_quant(report, {8, 2, 64, 128}, bits, 64);
   }
-  check_quant(report, {4, 2, 64, 16}, 4, 16);  // no tensor cores
+  check_quant(report, {4, 2, 64, 16}, 4, 16);                                  // no tensor cores
+  constexpr int kTimed[][2] = {{8, 4}, {8, 32}, {8, 128}, {1, 32}, {1, 128}};  // requests, K tokens
+  for (const auto& [requests, kilo] : kTimed) BitwiseAttention(requests, kilo * 1024).check(report);
   std::printf("%d failures\n", report.failures());
   return report.failures() > 0;
 } catch (const std::exception& e) {

@@ -160,6 +160,19 @@ class Report {
     std::printf("%s %-34s %s\n", ok ? "ok  " : "FAIL", name.c_str(), detail.c_str());
     entry("{\"check\": \"" + name + "\", \"ok\": " + (ok ? "true" : "false") + ", \"detail\": \"" + detail + "\"}");
   }
+  // R1 at one shape: rows that were computed among others, against the same rows alone.
+  void bitwise(const std::string& shape, const std::string& row_counts, int64_t compared, uint64_t different,
+               bool control) {
+    const bool ok = different == 0 && control;
+    failures_ += !ok;
+    const std::string detail = vericache::detail::concat(row_counts, " rows, ", compared, " rows compared, ", different,
+                                                         " values differ, control ", control ? "noticed" : "MISSED");
+    std::printf("%s %-34s %s\n", ok ? "ok  " : "FAIL", ("bitwise " + shape).c_str(), detail.c_str());
+    entry("{\"check\": \"bitwise " + shape + "\", \"ok\": " + (ok ? "true" : "false") + ", \"detail\": \"" + detail +
+          "\", \"shape\": \"" + shape + "\", \"row_counts\": \"" + row_counts +
+          "\", \"compared\": " + std::to_string(compared) + ", \"different\": " + std::to_string(different) +
+          ", \"control_noticed\": " + (control ? "true" : "false") + "}");
+  }
   void time(const std::string& name, double us, double bytes, double floor_us) {
     std::printf("time %-44s %9.2f us  %7.1f GB/s  floor %8.2f us\n", name.c_str(), us, bytes / us * 1e-3, floor_us);
     char text[256];

@@ -80,7 +80,8 @@ void launch_for(const PagedAttentionParams& p, cudaStream_t stream) {
   else if (item_rows <= 32 * int64_t(p.requests))
     launch_split_attention<PagedKeys, AttentionShape<kHeadDim, 1, 2, 4>>(p, max_splits(p), stream);
   else
-    launch_split_attention<PagedKeys, AttentionShape<kHeadDim, 4, 2, 2>>(p, max_splits(p), stream);
+    launch_split_attention<PagedKeys, AttentionShape<kHeadDim, 4, kHeadDim == 128 ? 1 : 2, 2>>(p, max_splits(p),
+                                                                                               stream);
 }
 
 }  // namespace

@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -147,3 +151,13 @@ def keep_draft_kv(monkeypatch: pytest.MonkeyPatch) -> None:
         return pages
 
     monkeypatch.setattr(IterationView, "write_pages", write_pages)
+
+
+def record(name: str, result: dict[str, Any]) -> None:
+    """Leave the figures where the benchmark run collects them (VERICACHE_RESULTS), with what they were made on."""
+    folder = os.environ.get("VERICACHE_RESULTS")
+    if folder:
+        from bench._env import environment
+
+        path = Path(folder) / f"{name}.json"
+        path.write_text(json.dumps({"environment": environment("cuda"), "result": result}, indent=2) + "\n")

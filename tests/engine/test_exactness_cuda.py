@@ -3,16 +3,13 @@
 
 from __future__ import annotations
 
-import json
-import os
 import random
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.engine.harness import Arrival, difference, expected, keep_draft_kv, run
+from tests.engine.harness import Arrival, difference, expected, keep_draft_kv, record, run
 from tests.engine.tiny import VOCAB, tiny_model
 from vericache.config import EngineConfig, SamplingParams
 from vericache.engine.engine import Engine
@@ -93,7 +90,7 @@ def test_over_20000_tokens_equal_the_reference() -> None:
         totals["runs"] += 1
         totals["requests"] += len(arrivals)
     totals["differences"] = len(problems)
-    _record("engine-exactness-gpu", totals)
+    record("engine-exactness-gpu", totals)
     assert not problems, f"{len(problems)} of {totals['requests']} requests differ; the first: {problems[0]}"
     assert totals["tokens"] >= 20_000, totals
     assert totals["matched"] < totals["drafted"], "no draft was ever rejected: the runs prove little"
@@ -111,7 +108,7 @@ def test_control_library_gemm_breaks_bits(monkeypatch: pytest.MonkeyPatch) -> No
     assert _first_problem(torch.float32, chunk=1) is None, "the control starts from a sound engine"
     original = llama.ops.linear
 
-    def library(x, w, bias=None, residual=None, *, out_float32=False):  # type: ignore[no-untyped-def]
+    def library(x, w, bias=None, residual=None, *, out_float32=False, weight_settled=False):  # type: ignore[no-untyped-def]
         if x.shape[0] == 1:
             return original(x, w, bias, residual, out_float32=out_float32)
         out = F.linear(x, w, bias)
@@ -135,13 +132,3 @@ def _first_problem(dtype: torch.dtype, chunk: int = 32) -> str | None:
     truths = [expected(model, a, chunk) for a in arrivals]
     outputs = run(Engine(model, config), arrivals)
     return next((p for o, t in zip(outputs, truths, strict=True) if (p := difference(o, t))), None)
-
-
-def _record(name: str, result: dict[str, int]) -> None:
-    """Leave the figures where the benchmark run collects them (VERICACHE_RESULTS), with what they were made on."""
-    folder = os.environ.get("VERICACHE_RESULTS")
-    if folder:
-        from bench._env import environment
-
-        path = Path(folder) / f"{name}.json"
-        path.write_text(json.dumps({"environment": environment("cuda"), "result": result}, indent=2) + "\n")

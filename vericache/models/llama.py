@@ -63,7 +63,8 @@ class CausalLM:
 
     Args:
         config: the model's shape.
-        weights: T, on one device.
+        weights: T, on one device; whoever changes them later waits for that before the next call, since kernels
+            read weights ahead of the stream's order.
         cos, sin (float32) [max_positions, head_dim / 2]: rotary tables on the same device.
     """
 
@@ -74,6 +75,8 @@ class CausalLM:
         self.sin = sin
         self.device = weights.embedding.device
         self.dtype = weights.embedding.dtype
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)  # from here on the weights are settled, as ops.linear means it
 
     @property
     def max_positions(self) -> int:

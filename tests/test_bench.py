@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmarks run, check before they time, and their checks can fail."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+from bench import decode_step, gpu_checks, gpu_programs, tables
+from bench.kernel_trace import short
+from vericache.models import llama
+
+TINY = ["--tiny", "--device", "cpu", "--layers", "2", "--out"]
+
+
+def test_decode_step(tmp_path: Path) -> None:
+    out = tmp_path / "decode-step.json"
+    assert decode_step.main([*TINY, str(out)]) == 0
+    result = json.loads(out.read_text())
+    assert [row["rows"] for row in result["rows"]] == [8, 8, 1, 1, 38]
+    assert all(row["ms"]["median"] > 0 and row["kv_bytes"] > 0 for row in result["rows"])
+    assert "8 x 8K" in tables.decode_step(result)
+
+
+def test_decode_step_notices_a_row_that_depends_on_its_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = llama.ops.linear
+
+    def by_row_count(x: Tensor, *rest: object, **options: object) -> Tensor:
+        out = original(x, *rest, **options)  # type: ignore[arg-type]
+        return out if x.shape[0] == 1 else out * 1.01
+
+    monkeypatch.setattr(llama.ops, "linear", by_row_count)
+    assert decode_step.main([*TINY, str(tmp_path / "x.json"), "--only", "8 x 8K"]) == 1
+
+
+def test_short_kernel_names() -> None:
+    name = "void vericache::cuda::(anonymous namespace)::norm_rows<__nv_bfloat16, 1>(vericache::RmsNormParams, bool)"
+    assert short(name) == "norm_rows<__nv_bfloat16, 1>"
+
+
+def test_entries_of_a_killed_check(tmp_path: Path) -> None:
+    path = tmp_path / "attention_check.json"
+    path.write_text('[\n  {"check": "a", "ok": true, "detail": "b, c"},\n  {"che')
+    assert [entry["check"] for entry in gpu_programs.entries(path)] == ["a"]
+    assert gpu_programs.entries(tmp_path / "none") == []
+
+
+def test_bitwise_table() -> None:
+    row = {"shape": "full 8x4K", "row_counts": "1 to 128", "compared": 9, "different": 0, "control_noticed": True}
+    checks = [{"check": "x", "ok": True, "detail": ""}, {"check": "bitwise", "ok": True, "detail": "", **row}]
+    result = {"attention": {"checks": checks}, "dense": {"checks": []}}
+    assert gpu_checks.bitwise_rows(result) == [row]
