@@ -19,18 +19,25 @@ inline CUtensorMap row_map(int head_dim, int box_rows, bool whole_rows) {
   return bf16_tensor_map(nullptr, 4, sizes, strides, box);
 }
 
-// Copies a box from `address`, a multiple of the row's bytes, to dst, a multiple of 1024. Its bytes count on `barrier`.
+// An address, a multiple of the row's bytes, as coordinates.
+struct RowPlace {
+  int row, high;
+};
 template <int kHeadDim>
-__device__ __forceinline__ void copy_rows(uint32_t dst, const CUtensorMap& map, uint64_t address, int part,
-                                          uint32_t barrier) {
+__device__ __forceinline__ RowPlace row_place(uint64_t address) {
   constexpr int kShift = kHeadDim == 128 ? 8 : 7;
   static_assert(kHeadDim * 2 == 1 << kShift);
+  return {int(address >> kShift & 0x7fffffff), int(address >> (kShift + 31))};
+}
+
+// Copies a box to dst, a multiple of 1024. Its bytes count on `barrier`.
+__device__ __forceinline__ void copy_rows(uint32_t dst, const CUtensorMap& map, RowPlace from, int part,
+                                          uint32_t barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile(
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
       " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(dst),
-      "l"(&map), "r"(0), "r"(int(address >> kShift & 0x7fffffff)), "r"(part), "r"(int(address >> (kShift + 31))),
-      "r"(barrier)
+      "l"(&map), "r"(0), "r"(from.row), "r"(part), "r"(from.high), "r"(barrier)
       : "memory");
 #endif
 }

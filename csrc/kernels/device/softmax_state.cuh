@@ -89,8 +89,10 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   StateRun run;
   if constexpr (Runs::kFromInputs) run = runs.states(row, head);
-  wait_for_previous_kernel();
+  // Before the wait: the kernel after may fill its memory while the states are still being made. It waits for this one,
+  // hence for the one that makes them, whose wait was over before this one began.
   let_next_kernel_start();
+  wait_for_previous_kernel();
   if constexpr (!Runs::kFromInputs) run = runs.states(row, head);
   float largest = negative_infinity();
   for (int s = run.begin + lane; s < run.end; s += 32)

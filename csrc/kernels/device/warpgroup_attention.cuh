@@ -183,13 +183,14 @@ struct WarpgroupBlock {
   }
 };
 
-// Copies tiles in the order of the list. A lane looks up the place of one box; that lasts for several tiles.
+// Copies tiles in the order of the list. A lane looks up the place of one box, 32 boxes ahead: a tile must not take
+// this warp longer than the memory.
 template <class Keys, class Shape>
 __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
   constexpr uint32_t kAll = 0xffffffffu;
   const auto& p = args.p;
-  const int lane = threadIdx.x % 32, box_rows = args.box_rows, boxes = kTileTokens / box_rows;
-  const int items = schedule.items(p);
+  const int lane = threadIdx.x % 32, box_rows = args.box_rows, boxes = kTileTokens / box_rows, batch = 32 / boxes;
+  const int items = schedule.items(p), own_box = lane % boxes;
   RingCursor ring;
   uint32_t q_parity = 1;
   bool waited = false;  // for the kernel before, whose work q is, and K and V that are not settled may be
@@ -201,8 +202,10 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
   for (int item = int(blockIdx.x); item < items;) {
     const WorkItem work = schedule.item(p, Shape::kRows, item);
     const Span span = schedule.span[work.unit];
-    const int settled = p.cache_settled ? Keys::settled_end(span, schedule.first_pos[work.request]) : 0;
-    const int end = end_token(work, span);
+    const int token0 = first_token(work, span),
+              tiles = (end_token(work, span) - token0 + kTileTokens - 1) / kTileTokens;
+    const int settled_tokens = p.cache_settled ? Keys::settled_end(span, schedule.first_pos[work.request]) - token0 : 0;
+    const int settled = max(settled_tokens, 0) / kTileTokens;
     const auto send_q = [&]() {
       wait_once();
       mbarrier_wait(base + Smem::kQEmpty, q_parity);
@@ -210,48 +213,51 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
       q_parity ^= 1;
     };
     // While the kernel before runs, as many tiles as the ring takes come first.
-    int tiles_before_q = waited ? 0 : Shape::kSlots / 2;
-    Granule own{};
-    int box = 32;  // the lane that knows the next tile's first box
-    for (int token = first_token(work, span); token < end; token += kTileTokens, box += boxes) {
-      if (tiles_before_q-- == 0) send_q();
-      if (box == 32) {
-        own = Keys::granule(p, span, work.request, work.kv_head, token + lane * box_rows);
-        box = 0;
-      }
-      const uint64_t k = __shfl_sync(kAll, reinterpret_cast<uint64_t>(own.k), box + lane % boxes);
-      const int v_offset = __shfl_sync(kAll, own.v_offset, box + lane % boxes);
-      const bool fits = ((k | uint64_t(v_offset)) & (Shape::kHeadDim * 2 - 1)) == 0;
-      const bool whole = Keys::readable(span, token) >= kTileTokens && __all_sync(kAll, fits);
-      if (token + kTileTokens > settled) wait_once();
+    const int tiles_before_q = waited ? 0 : min(Shape::kSlots / 2, tiles);
+    for (int first = 0; first < tiles; first += batch) {
+      const int box_token = token0 + first * kTileTokens + lane * box_rows;
+      const Granule own = Keys::granule(p, span, work.request, work.kv_head, box_token);
+      const uint64_t k = reinterpret_cast<uint64_t>(own.k), v = k + uint64_t(int64_t(own.v_offset));
+      const RowPlace k_place = row_place<Shape::kHeadDim>(k), v_place = row_place<Shape::kHeadDim>(v);
+      const uint32_t good =
+          __ballot_sync(kAll, Keys::readable(span, box_token / kTileTokens * kTileTokens) >= kTileTokens &&
+                                  ((k | v) & (Shape::kHeadDim * 2 - 1)) == 0 && k_place.high == v_place.high);
+      const int count = min(batch, tiles - first);
+      for (int i = 0; i < count; ++i) {
+        if (first + i == tiles_before_q) send_q();
+        if (first + i >= settled) wait_once();
+        const uint32_t own_boxes = ((1u << boxes) - 1) << i * boxes;
+        const bool whole = (good & own_boxes) == own_boxes;
+        const int from = i * boxes + own_box, high = __shfl_sync(kAll, k_place.high, from);
+        const int rows[2] = {__shfl_sync(kAll, k_place.row, from), __shfl_sync(kAll, v_place.row, from)};
 #pragma unroll
-      for (int v = 0; v < 2; ++v) {
-        mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
-        const uint32_t slot = base + uint32_t(ring.slot * Shape::kSlotBytes), barrier = full + 8 * ring.slot;
-        if (!whole) copy_part_of_tile(work, span, token, v, slot);
-        if (lane == 0) {
-          tags[ring.slot] = item;
-          if (whole)
-            mbarrier_expect(barrier, Shape::kSlotBytes);
-          else
-            mbarrier_arrive(barrier);
-        }
-        __syncwarp();
-        if (whole && lane < boxes) {
-          const uint64_t from = k + (v ? uint64_t(v_offset) : 0);
-          if (box_rows == kTileTokens) {
-            copy_rows<Shape::kHeadDim>(slot, args.map, from, 0, barrier);
-          } else {
-#pragma unroll
-            for (int part = 0; part < Shape::kParts; ++part)
-              copy_rows<Shape::kHeadDim>(slot + uint32_t(part * Shape::kPartBytes + lane * kGranuleTokens * 128),
-                                         args.map, from, part, barrier);
+        for (int part = 0; part < 2; ++part) {  // K, then V
+          mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
+          const uint32_t slot = base + uint32_t(ring.slot * Shape::kSlotBytes), barrier = full + 8 * ring.slot;
+          if (!whole) copy_part_of_tile(work, span, token0 + (first + i) * kTileTokens, part, slot);
+          if (lane == 0) {
+            if (part == 0) tags[ring.slot] = item;
+            if (whole)
+              mbarrier_expect(barrier, Shape::kSlotBytes);
+            else
+              mbarrier_arrive(barrier);
           }
+          if (boxes > 1) __syncwarp();  // bytes are announced before they come
+          if (whole && lane < boxes) {
+            if (boxes == 1) {
+              copy_rows(slot, args.map, {rows[part], high}, 0, barrier);
+            } else {
+#pragma unroll
+              for (int piece = 0; piece < Shape::kParts; ++piece)
+                copy_rows(slot + uint32_t(piece * Shape::kPartBytes + lane * kGranuleTokens * 128), args.map,
+                          {rows[part], high}, piece, barrier);
+            }
+          }
+          ring.next(Shape::kSlots);
         }
-        ring.next(Shape::kSlots);
       }
     }
-    if (tiles_before_q >= 0) send_q();
+    if (tiles_before_q == tiles) send_q();
     item = take_item(items);
   }
   mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
