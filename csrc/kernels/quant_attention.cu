@@ -83,7 +83,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
       if (i > 0) at[i] = at[i - 1];
       if (tile < end) {
         i == 0 ? at[0].seek(line, p, tile) : at[i].advance(line, p, kWarps, tile);
-        pages[i] = page_of(p, at[i], args.blob.tiles_log2, Shape::kTailTokens);
+        pages[i] = page_of(p, args.blob, at[i], Shape::kTailTokens);
       }
     }
 #pragma unroll
@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const auto look_ahead = [&] {
     if (next >= end) return;
     ahead.advance(line, p, kWarps, next);
-    page = page_of(p, ahead, args.blob.tiles_log2, Shape::kTailTokens);
+    page = page_of(p, args.blob, ahead, Shape::kTailTokens);
   };
   const auto refill = [&](int slot) {
     if (next < end) {
@@ -210,7 +210,11 @@ bool pairs_groups(const QuantAttentionParams& p) {
 #endif
 // Warps and tiles in flight: what shared memory and registers have room for.
 template <int kHeadDim, int kBits, int kGroup, bool kPaired>
-using ShapeFor = QuantShape<kHeadDim, kBits, kGroup, kPaired, kBits == 8 ? VC_W8 : kBits == 4 ? VC_W4 : VC_W2,
+using ShapeFor = QuantShape<kHeadDim, kBits, kGroup, kPaired,
+                            kBits == 8                             ? VC_W8
+                            : kBits == 4                           ? VC_W4
+                            : kGroup == 32 && !kPaired && VC_B < 2 ? 8
+                                                                   : VC_W2,
                             kBits == 8 ? VC_S8 : kBits == 4 ? VC_S4 : VC_S2, VC_B>;
 
 int64_t max_units(const QuantAttentionParams& p, int item_rows) {

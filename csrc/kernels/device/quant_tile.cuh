@@ -66,22 +66,23 @@ struct QuantBlob {
   }
 };
 
-__device__ __forceinline__ const char* page_of(const QuantAttentionParams& p, const LineCursor& c, int tiles_log2,
+__device__ __forceinline__ const char* page_of(const QuantAttentionParams& p, const QuantBlob& blob, const LineCursor& c,
                                                int tail_tokens) {
   const int64_t at =
-      c.is_tail() ? p.tail_table[c.request * p.tail_stride_request + (c.tile - c.quant_tiles) * tail_tokens / p.page_size]
-                  : p.quant_table[c.request * p.quant_stride_request + (c.tile >> tiles_log2)];
+      c.is_tail() ? p.tail_table[c.request * p.tail_stride_request +
+                                 ((c.tile - c.quant_tiles) * tail_tokens / kQuantTokens >> blob.tiles_log2)]
+                  : p.quant_table[c.request * p.quant_stride_request + (c.tile >> blob.tiles_log2)];
   return reinterpret_cast<const char*>(at);
 }
 
-// One warp copies kBytes; kSwizzled: to their places (see above).
+// One warp copies kBytes; kSwizzled: to their places (see above). `from`: this lane's 16 bytes of the first 512.
 template <class Shape, int kBytes, bool kSwizzled>
 __device__ __forceinline__ void copy_piece(uint32_t to, const char* from, int lane) {
 #pragma unroll
   for (int i = 0; i < (kBytes + 511) / 512; ++i) {
     const int at = (i * 32 + lane) * 16;
     if (kBytes % 512 == 0 || at < kBytes)
-      cp_async16(to + (kSwizzled ? Shape::place_of(at) : at), from + at, true);
+      cp_async16(to + (kSwizzled ? Shape::place_of(at) : at), from + i * 512, true);
   }
 }
 
@@ -89,22 +90,33 @@ __device__ __forceinline__ void copy_piece(uint32_t to, const char* from, int la
 template <class Shape>
 __device__ __forceinline__ void copy_tile(const QuantAttentionParams& p, const QuantBlob& blob, const LineCursor& c,
                                           const char* page, uint32_t to, int lane) {
+  page += lane * 16;
   if (!c.is_tail()) {
-    const int first = (c.tile & ((1 << blob.tiles_log2) - 1)) * kQuantTokens;
     const char* keys = page + int64_t(c.kv_head) * blob.head_bytes;
-    const char* key_params = keys + blob.codes + first / Shape::kGroup * (Shape::kHeadDim * 2);
+    const auto copy = [&](const char* k, const char* k_scale, const char* k_zero, const char* v, const char* v_scale,
+                          const char* v_zero) {
+      copy_piece<Shape, Shape::kCodes, true>(to, k, lane);
+      copy_piece<Shape, Shape::kParam, false>(to + Shape::kKeyScale, k_scale, lane);
+      copy_piece<Shape, Shape::kParam, false>(to + Shape::kKeyZero, k_zero, lane);
+      copy_piece<Shape, Shape::kCodes, true>(to + Shape::kValues, v, lane);
+      copy_piece<Shape, Shape::kParam, false>(to + Shape::kValueScale, v_scale, lane);
+      copy_piece<Shape, Shape::kParam, false>(to + Shape::kValueZero, v_zero, lane);
+    };
+    if (blob.tiles_log2 == 0) {  // pages of one tile: a blob is laid out like the tile, addresses differ by constants
+      copy(keys, keys + Shape::kKeyScale, keys + Shape::kKeyZero, keys + Shape::kValues, keys + Shape::kValueScale,
+           keys + Shape::kValueZero);
+      return;
+    }
+    const int first = (c.tile & ((1 << blob.tiles_log2) - 1)) * kQuantTokens;
+    const char* k_scale = keys + blob.codes + first / Shape::kGroup * (Shape::kHeadDim * 2);
     const char* values = keys + blob.codes + 2 * blob.k_param;
-    const char* value_params = values + blob.codes + first * (Shape::kRowGroups * 2);
-    copy_piece<Shape, Shape::kCodes, true>(to, keys + first * Shape::kCodeRow, lane);
-    copy_piece<Shape, Shape::kParam, false>(to + Shape::kKeyScale, key_params, lane);
-    copy_piece<Shape, Shape::kParam, false>(to + Shape::kKeyZero, key_params + blob.k_param, lane);
-    copy_piece<Shape, Shape::kCodes, true>(to + Shape::kValues, values + first * Shape::kCodeRow, lane);
-    copy_piece<Shape, Shape::kParam, false>(to + Shape::kValueScale, value_params, lane);
-    copy_piece<Shape, Shape::kParam, false>(to + Shape::kValueZero, value_params + blob.v_param, lane);
+    const char* v_scale = values + blob.codes + first * (Shape::kRowGroups * 2);
+    copy(keys + first * Shape::kCodeRow, k_scale, k_scale + blob.k_param, values + first * Shape::kCodeRow, v_scale,
+         v_scale + blob.v_param);
     return;
   }
   // Whole rows, written or not: who reads the tile masks those past the last token.
-  const int first = (c.tile - c.quant_tiles) * Shape::kTailTokens % p.page_size;
+  const int first = (c.tile - c.quant_tiles) * Shape::kTailTokens & (p.page_size - 1);
   const char* keys = page + (int64_t(c.kv_head) * p.page_size + first) * Shape::kTailRow;
   copy_piece<Shape, Shape::kTailHalf, false>(to, keys, lane);
   copy_piece<Shape, Shape::kTailHalf, false>(to + Shape::kTailHalf,
