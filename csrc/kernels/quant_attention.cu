@@ -7,8 +7,8 @@
 // (device/quant_merge.cuh). Item row i is query row i / group, head i % group, as in split_attention.cuh. What a warp
 // does with a tile: device/quant_state.cuh.
 //
-// Grid: one block, or a few, a multiprocessor. Shared memory: a ring of tiles a warp, filled by cp.async (place of the
-// bytes: device/quant_tile.cuh); deposits and a mailbox for the merge; the line. Quantized tiles that fit the rings are
+// Grid: one block, or a few, a multiprocessor. Shared memory: deposits and a mailbox for the merge, the line, a ring of
+// tiles a warp, filled by cp.async (device/quant_tile.cuh). Quantized tiles that fit the rings are
 // on their way before the kernel waits for the one before it, if the caller says that they are settled.
 //
 // Other dtypes, head_dims, page and group sizes take device/simple_attention.cuh.
@@ -35,7 +35,7 @@ __device__ void prepare_outputs(const QuantArgs& args, const QuantLine& line) {
   const auto& p = args.p;
   if (blockIdx.x == 0) {
     const int units = line.first_unit[p.requests];
-    for (int u = threadIdx.x; u < units; u += Shape::kThreads) {
+    for (int u = threadIdx.x; u < units; u += int(blockDim.x)) {
       int lo = 0, hi = p.requests;
       while (hi - lo > 1) {
         const int mid = (lo + hi) / 2;
@@ -48,7 +48,7 @@ __device__ void prepare_outputs(const QuantArgs& args, const QuantLine& line) {
   }
   const auto clear = [&](int row) {
     auto* at = static_cast<uint32_t*>(p.out) + int64_t(row) * p.q_heads * (Shape::kHeadDim / 2);
-    for (int i = threadIdx.x; i < p.q_heads * (Shape::kHeadDim / 2); i += Shape::kThreads) at[i] = 0;
+    for (int i = threadIdx.x; i < p.q_heads * (Shape::kHeadDim / 2); i += int(blockDim.x)) at[i] = 0;
   };
   for (int row = line.row_offset[p.requests] + int(blockIdx.x); row < p.rows; row += int(gridDim.x)) clear(row);
   for (int r = blockIdx.x; r < p.requests; r += int(gridDim.x))
@@ -57,21 +57,22 @@ __device__ void prepare_outputs(const QuantArgs& args, const QuantLine& line) {
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
+__global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
     quant_attention_kernel(const __grid_constant__ QuantArgs args) {
-  constexpr int kWarps = Shape::kWarps, kStages = Shape::kStages;
+  constexpr int kStages = Shape::kStages;
   const QuantAttentionParams& p = args.p;
   unsigned char* smem = dynamic_smem();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = p.q_heads / p.kv_heads;
-  volatile int* deposits = reinterpret_cast<volatile int*>(smem + Shape::kRings);
-  volatile int* mailbox = deposits + kWarps;
+  const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, group = p.q_heads / p.kv_heads;
+  volatile int* deposits = reinterpret_cast<volatile int*>(smem);
+  volatile int* mailbox = deposits + Shape::kWarps;
+  if (threadIdx.x < Shape::kWarps) deposits[threadIdx.x] = -1;
   QuantLine line;
-  line.place(reinterpret_cast<int*>(smem + Shape::kLine), p.requests);
+  line.place(reinterpret_cast<int*>(smem) + Shape::kWarps + 1, p.requests);
   if (!p.tables_settled) wait_for_previous_kernel();
   line.build(p, Shape::kItemRows, Shape::kTailTokens);
 
   const int begin = line.begin(int(blockIdx.x)), end = line.begin(int(blockIdx.x) + 1);
-  unsigned char* ring = smem + warp * (kStages * Shape::kTileBytes);
+  unsigned char* ring = smem + Shape::rings(p.requests) + warp * Shape::kRingBytes;
   int next = begin + warp;  // tile to be copied next
   LineCursor ahead;         // its place
   {
@@ -79,10 +80,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
     const char* pages[kStages];
 #pragma unroll
     for (int i = 0; i < kStages; ++i) {  // the addresses first: independent loads
-      const int tile = next + i * kWarps;
+      const int tile = next + i * warps;
       if (i > 0) at[i] = at[i - 1];
       if (tile < end) {
-        i == 0 ? at[0].seek(line, p, tile) : at[i].advance(line, p, kWarps, tile);
+        i == 0 ? at[0].seek(line, p, tile) : at[i].advance(line, p, warps, tile);
         pages[i] = page_of(p, args.blob, at[i], Shape::kTailTokens);
       }
     }
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         copy_tile<Shape>(p, args.blob, at[i], pages[i], smem_address(ring + i * Shape::kTileBytes), lane);
       }
       cp_async_commit();
-      next += kWarps;
+      next += warps;
     }
     ahead = at[kStages - 1];
   }
@@ -104,13 +105,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
   const char* page = nullptr;  // of the tile at `ahead`: its address arrives while another tile is worked on
   const auto look_ahead = [&] {
     if (next >= end) return;
-    ahead.advance(line, p, kWarps, next);
+    ahead.advance(line, p, warps, next);
     page = page_of(p, args.blob, ahead, Shape::kTailTokens);
   };
   const auto refill = [&](int slot) {
     if (next < end) {
       copy_tile<Shape>(p, args.blob, ahead, page, smem_address(ring + slot * Shape::kTileBytes), lane);
-      next += kWarps;
+      next += warps;
       look_ahead();
     }
     cp_async_commit();
@@ -161,7 +162,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kBlocks)
         __syncwarp();  // the tile has been read
         used = slot;
         slot = slot + 1 == kStages ? 0 : slot + 1;
-        flat += kWarps;
+        flat += warps;
         if (flat >= to) break;
         refill(used);
       }
@@ -215,7 +216,10 @@ using ShapeFor = QuantShape<kHeadDim, kBits, kGroup, kPaired,
                             : kBits == 4                           ? VC_W4
                             : kGroup == 32 && !kPaired && VC_B < 2 ? 8
                                                                    : VC_W2,
-                            kBits == 8 ? VC_S8 : kBits == 4 ? VC_S4 : VC_S2, VC_B>;
+                            kBits == 8   ? VC_S8
+                            : kBits == 4 ? VC_S4
+                                         : VC_S2,
+                            VC_B>;
 
 int64_t max_units(const QuantAttentionParams& p, int item_rows) {
   return (int64_t(p.rows) * (p.q_heads / p.kv_heads) / item_rows + p.requests) * p.kv_heads;
@@ -228,13 +232,13 @@ template <class Shape>
 void launch_quant(const QuantAttentionParams& p, cudaStream_t stream) {
   constexpr auto kernel = quant_attention_kernel<Shape>;
   const DeviceInfo info = device_info();
-  const int smem = Shape::smem_bytes(p.requests), blocks = info.multiprocessors * Shape::kBlocks;
-  VC_CHECK(smem <= info.smem_optin, p.requests,
-           " requests leave no shared memory for the attention kernel; use fewer a batch.");
+  const int blocks = info.multiprocessors * Shape::kBlocks;
+  const int warps = std::min(Shape::kWarps, (info.smem_optin - Shape::rings(p.requests)) / Shape::kRingBytes);
+  VC_CHECK(warps > 0, p.requests, " requests leave no shared memory for the attention kernel; use fewer a batch.");
   const auto states = QuantStates::at(p.workspace, max_states(p, Shape::kItemRows, blocks), Shape::kHeadDim);
   allow_all_smem<kernel>(info);
-  launch(kernel, {dim3(blocks), dim3(Shape::kThreads), size_t(smem)}, info, stream,
-         QuantArgs{p, QuantBlob::make(p), states});
+  launch(kernel, {dim3(blocks), dim3(32 * warps), size_t(Shape::rings(p.requests) + warps * Shape::kRingBytes)}, info,
+         stream, QuantArgs{p, QuantBlob::make(p), states});
 }
 
 template <int kHeadDim, int kBits, int kGroup>

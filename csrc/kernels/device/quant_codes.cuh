@@ -3,9 +3,9 @@
 //
 // A 32-bit word of codes has two halves of kUnit = 16 / kBits codes. Register j of a word holds code j of the low half
 // and code j of the high half, each a small integer in the mantissa bits of a 16-bit float whose exponent and sign are
-// zero. Read as bf16 (2 to 7 bits) or fp16 (8 bits) that is a subnormal number, exactly code * 2^(place(j) - kExponent):
-// the tensor core multiplies it like any other. What it is multiplied by carries the scale and a power of two that
-// brings the products back into range.
+// zero. Read as bf16 (2 to 7 bits) or fp16 (8 bits) that is a subnormal number, exactly code * 2^(place(j) -
+// kExponent): the tensor core multiplies it like any other. What it is multiplied by carries the scale and a power of
+// two that brings the products back into range.
 #pragma once
 
 #include <cstdint>

@@ -66,9 +66,9 @@ struct QuantSum {
 
 // What the merges need to know of a unit.
 struct QuantUnit {
-  int number, rows;    // rows: of this unit
-  int64_t query0;      // the first query row of its request
-  int first_item;      // the request's item row that is its row 0
+  int number, rows;  // rows: of this unit
+  int64_t query0;    // the first query row of its request
+  int first_item;    // the request's item row that is its row 0
   int kv_head;
   int first_block, last_block;
 
@@ -80,13 +80,13 @@ struct QuantUnit {
   }
 };
 
-// By all threads of the block. `deposits`: of each warp the offset of its state in `smem`, or -1.
+// By all threads of the block. `deposits` [kWarps]: of each warp the offset of its state in `smem`, or -1.
 template <class Shape>
 __device__ __forceinline__ void merge_warps(const QuantAttentionParams& p, const QuantStates& states,
                                             const QuantUnit& unit, const unsigned char* smem, const int* deposits) {
   constexpr int kPieces = Shape::kHeadDim / 4;
   const bool whole = unit.first_block == unit.last_block;
-  for (int task = threadIdx.x; task < unit.rows * kPieces; task += Shape::kThreads) {
+  for (int task = threadIdx.x; task < unit.rows * kPieces; task += int(blockDim.x)) {
     const int row = task / kPieces, piece = task % kPieces;
     const auto ml_of = [&](int w) {
       return reinterpret_cast<const float2*>(smem + deposits[w] + Shape::kItemRows * Shape::kHeadDim * 4)[row];
@@ -121,7 +121,7 @@ __device__ __forceinline__ void merge_blocks(const QuantAttentionParams& p, cons
   constexpr int kPieces = Shape::kHeadDim / 4, kBatch = 10;  // states loaded before the first is used
   const int count = unit.last_block - unit.first_block + 1;
   const int64_t first = (int64_t(unit.first_block) + unit.number) * Shape::kItemRows;
-  for (int item = threadIdx.x; item < unit.rows * kPieces * 2; item += Shape::kThreads) {  // whole warps
+  for (int item = threadIdx.x; item < unit.rows * kPieces * 2; item += int(blockDim.x)) {  // whole warps
     const int row = item / 2 / kPieces, piece = item / 2 % kPieces;
     QuantSum sum;
     for (int base = item % 2; base < count; base += 2 * kBatch) {

@@ -13,8 +13,8 @@
 // the second group, and of each accumulator the half that belongs together is used. Else each group has its own
 // accumulators.
 //
-// Lane (g, t) = (lane / 4, lane % 4). Of each 16-byte piece c of a key it has word t; of a value unit g. In a block of 16
-// tokens, slot s < 8 (row of the score tile, k index of the second product) is token 2s, slot 8 + s token 2s + 1.
+// Lane (g, t) = (lane / 4, lane % 4). Of each 16-byte piece c of a key it has word t; of a value unit g. In a block of
+// 16 tokens, slot s < 8 (row of the score tile, k index of the second product) is token 2s, slot 8 + s token 2s + 1.
 //
 // Weights are 2^(x - reference), raised by 2^kWeightShift. The reference is raised to the running maximum only when a
 // weight would exceed 2^kSlack; any reference is right that keeps weights in range.
@@ -32,14 +32,14 @@ struct QuantState {
   using Codes = QuantCodes<Shape::kBits>;
   static constexpr int kUnit = Shape::kUnit, kChunks = Shape::kChunks, kChannels = Shape::kChunkChannels;
   static constexpr int kSets = kChannels == 2 * Shape::kGroup && !Shape::kPaired ? 2 : 1;
-  static constexpr int kTiles = Shape::kHeadDim / 16;                 // accumulator tiles of a set
-  static constexpr int kQueryShift = Shape::kFp16 ? 0 : 60;           // q is raised by this power of two
+  static constexpr int kTiles = Shape::kHeadDim / 16;        // accumulator tiles of a set
+  static constexpr int kQueryShift = Shape::kFp16 ? 0 : 60;  // q is raised by this power of two
   static constexpr int kWeightShift = Shape::kFp16 ? 4 : 64, kSlack = Shape::kFp16 ? 4 : 8;
 
-  uint32_t q[kChunks * kUnit];                           // bf16, channels side by side, times 2^(shift - place)
+  uint32_t q[kChunks * kUnit];                          // bf16, channels side by side, times 2^(shift - place)
   uint32_t q_half[Shape::kFp16 ? kChunks * kUnit : 1];  // the same in fp16
   float o[kSets][kTiles][4];
-  float sums[4];       // 0, 1: weights times zeros (V group g % 4; slots below 8 if g < 4, else the others); 2, 3: weights
+  float sums[4];  // 0, 1: weights times zeros (V group g % 4; slots below 8 if g < 4, else the others); 2, 3: weights
   float reference[2];  // of columns 2t, 2t + 1; log2 units
 
   __device__ __forceinline__ static float power(int e) { return __uint_as_float(uint32_t(127 + e) << 23); }
@@ -164,8 +164,8 @@ struct QuantState {
       uint32_t zero[2][kUnit];
 #pragma unroll
       for (int group = 0; group < kGroups; ++group)
-        load_words(zero[group], tile + Shape::kKeyZero +
-                                    (group * Shape::kHeadDim + chunk * kChannels + t * (kChannels / 4)) * 2);
+        load_words(zero[group],
+                   tile + Shape::kKeyZero + (group * Shape::kHeadDim + chunk * kChannels + t * (kChannels / 4)) * 2);
 #pragma unroll
       for (int i = 0; i < kUnit; i += 2) {
         const uint32_t a0 = unplaced(zero[0][i], i), a2 = unplaced(zero[0][i + 1], i + 1);
@@ -223,8 +223,8 @@ struct QuantState {
     if constexpr (kRowGroups == 4) {
       ldmatrix_x4_trans(zero, address + Shape::kValueZero + lane * 16);
     } else {
-      const auto* from = reinterpret_cast<const uint16_t*>(tile + Shape::kValueZero) +
-                         (t * 4 + g / 4) * kRowGroups + g % kRowGroups;
+      const auto* from =
+          reinterpret_cast<const uint16_t*>(tile + Shape::kValueZero) + (t * 4 + g / 4) * kRowGroups + g % kRowGroups;
 #pragma unroll
       for (int b = 0; b < 4; ++b)
         zero[b] = uint32_t(from[b * 16 * kRowGroups]) | uint32_t(from[(b * 16 + 2) * kRowGroups]) << 16;
@@ -285,10 +285,10 @@ struct QuantState {
         load_words(k[half], tile + (g + half * 8) * kRow + (chunk * kChannels + t * (kChannels / 4)) * 2);
 #pragma unroll
       for (int i = 0; i < kUnit; i += 2)
-        mma_m16n8k16(s[0],
-                     {unplaced(k[0][i], i), unplaced(k[1][i], i), unplaced(k[0][i + 1], i + 1),
-                      unplaced(k[1][i + 1], i + 1)},
-                     q[chunk * kUnit + i], q[chunk * kUnit + i + 1]);
+        mma_m16n8k16(
+            s[0],
+            {unplaced(k[0][i], i), unplaced(k[1][i], i), unplaced(k[0][i + 1], i + 1), unplaced(k[1][i + 1], i + 1)},
+            q[chunk * kUnit + i], q[chunk * kUnit + i + 1]);
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e)
@@ -310,7 +310,8 @@ struct QuantState {
 #pragma unroll
       for (int i = 0; i < 2 * (kTokens / 8); ++i) {
         const int token = t * 2 + i % 2 + i / 2 * 8;
-        if (token < valid) load_words(v[i], tile + Shape::kTailHalf + token * kRow + (chunk * kChannels + g * kUnit) * 2);
+        if (token < valid)
+          load_words(v[i], tile + Shape::kTailHalf + token * kRow + (chunk * kChannels + g * kUnit) * 2);
       }
       const auto element = [&](int half, int j) {
         const uint32_t pair = pair_elements(v[half * 2][j / 2], v[half * 2 + 1][j / 2], j % 2);

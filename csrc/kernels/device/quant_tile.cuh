@@ -13,23 +13,24 @@
 
 namespace vericache::cuda {
 
-// kPaired: see quant_state.cuh. kBlocks: of a multiprocessor.
+// kPaired: see quant_state.cuh. kWarps: of a block, at most. kStages: tiles of a warp's ring. kBlocks: of a
+// multiprocessor.
 template <int kHeadDim_, int kBits_, int kGroup_, bool kPaired_, int kWarps_, int kStages_, int kBlocks_>
 struct QuantShape {
   static constexpr int kHeadDim = kHeadDim_, kBits = kBits_, kGroup = kGroup_;
   static constexpr bool kPaired = kPaired_;
-  static constexpr int kWarps = kWarps_, kStages = kStages_, kBlocks = kBlocks_, kThreads = 32 * kWarps;
+  static constexpr int kWarps = kWarps_, kStages = kStages_, kBlocks = kBlocks_;
   static constexpr int kUnit = QuantCodes<kBits>::kUnit;
   static constexpr bool kFp16 = QuantCodes<kBits>::kFp16;
 
-  static constexpr int kItemRows = kPaired ? 4 : 8;      // of a unit: query rows times the heads of a group
+  static constexpr int kItemRows = kPaired ? 4 : 8;        // of a unit: query rows times the heads of a group
   static constexpr int kTailTokens = kBits == 2 ? 8 : 16;  // of a tile
 
-  static constexpr int kCodeRow = kHeadDim * kBits / 8;     // bytes of a token
-  static constexpr int kChunks = kCodeRow / 16;             // 16-byte pieces of a token
+  static constexpr int kCodeRow = kHeadDim * kBits / 8;      // bytes of a token
+  static constexpr int kChunks = kCodeRow / 16;              // 16-byte pieces of a token
   static constexpr int kChunkChannels = kHeadDim / kChunks;  // = 8 * kUnit
-  static constexpr int kRowGroups = kHeadDim / kGroup;      // V groups of a token
-  static constexpr int kKeyGroups = kQuantTokens / kGroup;  // K groups of a tile
+  static constexpr int kRowGroups = kHeadDim / kGroup;       // V groups of a token
+  static constexpr int kKeyGroups = kQuantTokens / kGroup;   // K groups of a tile
 
   // Byte offsets.
   static constexpr int kCodes = kQuantTokens * kCodeRow;
@@ -43,10 +44,11 @@ struct QuantShape {
   static_assert(kTileBytes % 128 == 0 && kStateBytes <= kTileBytes);
   static_assert(!kPaired || kChunkChannels == 2 * kGroup);
 
-  // Shared memory: warps' rings, deposits [kWarps] and a mailbox, the line.
-  static constexpr int kRings = kWarps * kStages * kTileBytes;
-  static constexpr int kLine = kRings + (kWarps + 1) * 4;
-  static __host__ __device__ int smem_bytes(int requests) { return kLine + QuantLine::ints(requests) * 4; }
+  // Shared memory: deposits [kWarps] and a mailbox, the line, the rings of as many warps as there is room for.
+  static constexpr int kRingBytes = kStages * kTileBytes;
+  static __host__ __device__ int rings(int requests) {
+    return ((kWarps + 1 + QuantLine::ints(requests)) * 4 + 127) / 128 * 128;
+  }
 
   // Where byte `at` of a tile's codes lies.
   static constexpr int kSwizzleShift = kCodeRow >= 128 ? 8 : 7;
@@ -66,12 +68,12 @@ struct QuantBlob {
   }
 };
 
-__device__ __forceinline__ const char* page_of(const QuantAttentionParams& p, const QuantBlob& blob, const LineCursor& c,
-                                               int tail_tokens) {
-  const int64_t at =
-      c.is_tail() ? p.tail_table[c.request * p.tail_stride_request +
-                                 ((c.tile - c.quant_tiles) * tail_tokens / kQuantTokens >> blob.tiles_log2)]
-                  : p.quant_table[c.request * p.quant_stride_request + (c.tile >> blob.tiles_log2)];
+__device__ __forceinline__ const char* page_of(const QuantAttentionParams& p, const QuantBlob& blob,
+                                               const LineCursor& c, int tail_tokens) {
+  const int64_t at = c.is_tail()
+                         ? p.tail_table[c.request * p.tail_stride_request +
+                                        ((c.tile - c.quant_tiles) * tail_tokens / kQuantTokens >> blob.tiles_log2)]
+                         : p.quant_table[c.request * p.quant_stride_request + (c.tile >> blob.tiles_log2)];
   return reinterpret_cast<const char*>(at);
 }
 
@@ -81,8 +83,7 @@ __device__ __forceinline__ void copy_piece(uint32_t to, const char* from, int la
 #pragma unroll
   for (int i = 0; i < (kBytes + 511) / 512; ++i) {
     const int at = (i * 32 + lane) * 16;
-    if (kBytes % 512 == 0 || at < kBytes)
-      cp_async16(to + (kSwizzled ? Shape::place_of(at) : at), from + i * 512, true);
+    if (kBytes % 512 == 0 || at < kBytes) cp_async16(to + (kSwizzled ? Shape::place_of(at) : at), from + i * 512, true);
   }
 }
 
