@@ -129,6 +129,7 @@ class Bench {
     r.into(p, b);
     p.quant_len = len.get<int>(), p.tail_table = tail_table.get<int64_t>(), p.quant_stride_request = each;
     p.tail_stride_request = 1, p.max_quant_pages = each, p.max_tail_pages = 1, p.bits = bits, p.group = kGroup;
+    p.cache_settled = true;
     const Buffer workspace = workspace_for(p, cuda::quant_attention_workspace_bytes);
     time(text("int", bits, " ", b.name()), bytes + double(b.requests) * double(kHeads.page_bytes()), sets,
          [&](int set, cudaStream_t stream) {

@@ -235,7 +235,7 @@ at::Tensor quant_attention_cuda(const at::Tensor& q, const at::Tensor& quant_tab
   at::Tensor out;
   QuantAttentionParams p = quant_params(q, quant_table, quant_len, tail_table, row_offsets, row_position, kv_heads,
                                         page_size, bits, group, scale, out);
-  p.tables_settled = settled;
+  p.tables_settled = p.cache_settled = settled;
   launch_cuda(q, p, cuda::quant_attention, cuda::quant_attention_workspace_bytes);
   return out;
 }

@@ -84,6 +84,7 @@ struct QuantAttentionParams {
   float scale;
   DType dtype;
   bool tables_settled = false;  // as above
+  bool cache_settled = false;   // the same for quantized pages
 };
 
 // Byte layout of a quantized page (KIVI, arXiv 2402.02750: keys per channel, values per token). kv_heads head blobs in

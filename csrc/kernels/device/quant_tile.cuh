@@ -1,110 +1,127 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quantized codes to bf16 mma fragments, in registers. One lane handles, of each token, a run of channels that lie side
-// by side, so that codes, scales and zeros are read in wide words; which channel stands in which place of a fragment is
-// free as long as both operands agree.
+// A tile of a quantized cache in shared memory: 64 tokens of quantized K and V of one KV head, or a few of the
+// full-precision tail.
 //
-// A 32-bit word of codes has two halves of kHalf = 16 / kBits codes. Fragment register j of a word holds code j (low)
-// and code j + kHalf (high). bf16 values that meet such a register (q, scales, zeros) are paired alike: pair_halves.
+// Quantized: k_codes | k_scale | k_zero | v_codes | v_scale | v_zero as in the page. Codes are read by ldmatrix, whose
+// eight rows are the even (or odd) tokens of a block of 16: 16-byte pieces are swizzled (place_of) so that they lie in
+// different banks. Tail: K then V, [tokens][head_dim] bf16.
 #pragma once
 
-#include <cstdint>
-
-#include "fast_math.cuh"
+#include "cp_async.cuh"
+#include "quant_codes.cuh"
+#include "quant_line.cuh"
 
 namespace vericache::cuda {
 
-__device__ __forceinline__ float low_of(uint32_t bf16_pair) { return __uint_as_float(bf16_pair << 16); }
-__device__ __forceinline__ float high_of(uint32_t bf16_pair) { return __uint_as_float(bf16_pair & 0xffff0000u); }
-__device__ __forceinline__ uint32_t half_from_bf16(uint32_t pair) { return pack_half(low_of(pair), high_of(pair)); }
+// kPaired: see quant_state.cuh. kWarps: of a block, at most. kStages: tiles of a warp's ring. kBlocks: of a
+// multiprocessor.
+template <int kHeadDim_, int kBits_, int kGroup_, bool kPaired_, int kWarps_, int kStages_, int kBlocks_>
+struct QuantShape {
+  static constexpr int kHeadDim = kHeadDim_, kBits = kBits_, kGroup = kGroup_;
+  static constexpr bool kPaired = kPaired_;
+  static constexpr int kWarps = kWarps_, kStages = kStages_, kBlocks = kBlocks_;
+  static constexpr int kUnit = QuantCodes<kBits>::kUnit;
+  static constexpr bool kFp16 = QuantCodes<kBits>::kFp16;
 
-// Values. x = code * scale + zero as one bf16 fma (2 and 4 bits): the code goes to the top of the
-// mantissa of 1.0, which makes it 1 + code / 2^bits exactly, so x = fma(that, scale * 2^bits, zero - scale * 2^bits).
-// The product by 2^bits is exact; the offset rounds once, to within 2^-9 of the group's range.
-template <int kBits>
-struct PairParams {
-  uint32_t slope, offset;
+  static constexpr int kItemRows = kPaired ? 4 : 8;        // of a unit: query rows times the heads of a group
+  static constexpr int kTailTokens = kBits == 2 ? 8 : 16;  // of a tile
 
-  // Pairs of bf16, as stored.
-  __device__ __forceinline__ static PairParams make(uint32_t scale, uint32_t zero) {
-    constexpr uint32_t kPower = kBits == 2 ? 0x40804080u : 0x41804180u;  // 2^bits
-    constexpr uint32_t kMinusOne = 0xbf80bf80u;
-    const uint32_t slope = multiply_bf16x2(scale, kPower);
-    return {slope, fma_bf16x2(slope, kMinusOne, zero)};
+  static constexpr int kCodeRow = kHeadDim * kBits / 8;      // bytes of a token
+  static constexpr int kChunks = kCodeRow / 16;              // 16-byte pieces of a token
+  static constexpr int kChunkChannels = kHeadDim / kChunks;  // = 8 * kUnit
+  static constexpr int kRowGroups = kHeadDim / kGroup;       // V groups of a token
+  static constexpr int kKeyGroups = kQuantTokens / kGroup;   // K groups of a tile
+
+  // Byte offsets.
+  static constexpr int kCodes = kQuantTokens * kCodeRow;
+  static constexpr int kParam = kQuantTokens / kGroup * kHeadDim * 2;  // of keys and of values alike
+  static constexpr int kKeyScale = kCodes, kKeyZero = kKeyScale + kParam, kValues = kKeyZero + kParam;
+  static constexpr int kValueScale = kValues + kCodes, kValueZero = kValueScale + kParam;
+  static constexpr int kTailRow = kHeadDim * 2, kTailHalf = kTailTokens * kTailRow;
+  static constexpr int kQuantBytes = kValueZero + kParam;
+  static constexpr int kStateBytes = kItemRows * (kHeadDim * 4 + 8);  // a warp's state takes the place of its last tile
+  static constexpr int kTileBytes = kQuantBytes > 2 * kTailHalf ? kQuantBytes : 2 * kTailHalf;
+  static_assert(kTileBytes % 128 == 0 && kStateBytes <= kTileBytes);
+  static_assert(!kPaired || kChunkChannels == 2 * kGroup);
+
+  // Shared memory: deposits [kWarps] and a mailbox, the line, the rings of as many warps as there is room for.
+  static constexpr int kRingBytes = kStages * kTileBytes;
+  static __host__ __device__ int rings(int requests) {
+    return ((kWarps + 1 + QuantLine::ints(requests)) * 4 + 127) / 128 * 128;
+  }
+
+  // Where byte `at` of a tile's codes lies.
+  static constexpr int kSwizzleShift = kCodeRow >= 128 ? 8 : 7;
+  static __host__ __device__ constexpr int place_of(int at) { return at ^ (at >> kSwizzleShift & 7) << 4; }
+};
+
+// Byte offsets and sizes within a head's blob of a page.
+struct QuantBlob {
+  int head_bytes, codes, k_param, v_param;
+  int tiles_log2;  // tiles a page holds
+
+  static QuantBlob make(const QuantAttentionParams& p) {
+    const auto l = QuantPageLayout::make(p.kv_heads, p.page_size, p.head_dim, p.bits, p.group, 2);
+    int log2 = 0;
+    while (kQuantTokens << log2 < p.page_size) ++log2;
+    return {int(l.head_bytes), int(l.code_bytes), int(l.k_param_bytes), int(l.v_param_bytes), log2};
   }
 };
 
-// 8 bits go through fp16, whose 11 bits hold 1024 + code; products with them are fp16 too.
-template <>
-struct PairParams<8> {
-  uint32_t slope, offset;
-
-  __device__ __forceinline__ static PairParams make(uint32_t scale, uint32_t zero) {
-    return {half_from_bf16(scale), half_from_bf16(zero)};
-  }
-};
-
-// 1024 + code for codes j and j + 2 of a word of bytes, fp16.
-__device__ __forceinline__ uint32_t raw_bytes(uint32_t word, int j) {
-  return __byte_perm(word, 0x64646464u, 0x4240u + uint32_t(j) * 0x101u);
+__device__ __forceinline__ const char* page_of(const QuantAttentionParams& p, const QuantBlob& blob,
+                                               const LineCursor& c, int tail_tokens) {
+  const int64_t at = c.is_tail()
+                         ? p.tail_table[c.request * p.tail_stride_request +
+                                        ((c.tile - c.quant_tiles) * tail_tokens / kQuantTokens >> blob.tiles_log2)]
+                         : p.quant_table[c.request * p.quant_stride_request + (c.tile >> blob.tiles_log2)];
+  return reinterpret_cast<const char*>(at);
 }
 
-// Register j of a word: values of code j and code j + kHalf.
-template <int kBits>
-__device__ __forceinline__ uint32_t dequantize_pair(uint32_t word, int j, const PairParams<kBits>& p) {
-  if constexpr (kBits == 8) {
-    return fma_half2(add_half2(raw_bytes(word, j), 0xe400e400u), p.slope, p.offset);
-  } else {
-    constexpr int kTop = 7 - kBits;  // where the code must sit
-    constexpr uint32_t kMask = ((1u << kBits) - 1) << kTop, kMasks = kMask | kMask << 16;
-    const int from = j * kBits;
-    const uint32_t moved = from <= kTop ? word << (kTop - from) : word >> (from - kTop);
-    return fma_bf16x2(and_or(moved, kMasks, 0x3f803f80u), p.slope, p.offset);
-  }
-}
-
-// Codes without arithmetic (2 and 4 bits), for keys, whose scales belong to q: register j of a word as
-// 1 + code / 2^power(j), exactly. Registers whose codes share a shift need it once.
-template <int kBits>
-struct RawCodes {
-  static constexpr int kAShift = kBits == 2 ? 3 : 1;  // registers
-  static __device__ constexpr int bit(int j) { return j % kAShift * kBits; }
-  static __device__ constexpr int power(int j) { return 7 - bit(j); }
-
-  static __device__ __forceinline__ uint32_t get(uint32_t word, int j) {
-    const uint32_t mask = ((1u << kBits) - 1) << bit(j);
-    return and_or(word >> (j / kAShift * kAShift * kBits), mask | mask << 16, 0x3f803f80u);
-  }
-  // 2^power(j), twice in bf16.
-  static __device__ constexpr uint32_t factor(int j) {
-    return uint32_t(127 + power(j)) << 7 | uint32_t(127 + power(j)) << 23;
-  }
-};
-
-// Of 2 * kHalf bf16 side by side (kHalf words): pair j = element j (low) and element j + kHalf (high).
-template <int kHalf>
-__device__ __forceinline__ uint32_t pair_halves(const uint32_t (&words)[kHalf], int j) {
-  return __byte_perm(words[j / 2], words[(j + kHalf) / 2], j % 2 ? 0x7632u : 0x5410u);
-}
-
-// kWords words from 4-, 8- or 16-byte aligned memory.
-template <int kWords>
-__device__ __forceinline__ void load_words(uint32_t (&to)[kWords], const void* from) {
-  if constexpr (kWords % 4 == 0) {
+// One warp copies kBytes; kSwizzled: to their places (see above). `from`: this lane's 16 bytes of the first 512.
+template <class Shape, int kBytes, bool kSwizzled>
+__device__ __forceinline__ void copy_piece(uint32_t to, const char* from, int lane) {
 #pragma unroll
-    for (int i = 0; i < kWords / 4; ++i) {
-      const uint4 x = static_cast<const uint4*>(from)[i];
-      to[4 * i] = x.x, to[4 * i + 1] = x.y, to[4 * i + 2] = x.z, to[4 * i + 3] = x.w;
+  for (int i = 0; i < (kBytes + 511) / 512; ++i) {
+    const int at = (i * 32 + lane) * 16;
+    if (kBytes % 512 == 0 || at < kBytes) cp_async16(to + (kSwizzled ? Shape::place_of(at) : at), from + i * 512, true);
+  }
+}
+
+// Starts copying the tile at `c`, whose page is `page`, to `to`.
+template <class Shape>
+__device__ __forceinline__ void copy_tile(const QuantAttentionParams& p, const QuantBlob& blob, const LineCursor& c,
+                                          const char* page, uint32_t to, int lane) {
+  page += lane * 16;
+  if (!c.is_tail()) {
+    const char* keys = page + int64_t(c.kv_head) * blob.head_bytes;
+    const auto copy = [&](const char* k, const char* k_scale, const char* k_zero, const char* v, const char* v_scale,
+                          const char* v_zero) {
+      copy_piece<Shape, Shape::kCodes, true>(to, k, lane);
+      copy_piece<Shape, Shape::kParam, false>(to + Shape::kKeyScale, k_scale, lane);
+      copy_piece<Shape, Shape::kParam, false>(to + Shape::kKeyZero, k_zero, lane);
+      copy_piece<Shape, Shape::kCodes, true>(to + Shape::kValues, v, lane);
+      copy_piece<Shape, Shape::kParam, false>(to + Shape::kValueScale, v_scale, lane);
+      copy_piece<Shape, Shape::kParam, false>(to + Shape::kValueZero, v_zero, lane);
+    };
+    if (blob.tiles_log2 == 0) {  // pages of one tile: a blob is laid out like the tile, addresses differ by constants
+      copy(keys, keys + Shape::kKeyScale, keys + Shape::kKeyZero, keys + Shape::kValues, keys + Shape::kValueScale,
+           keys + Shape::kValueZero);
+      return;
     }
-  } else if constexpr (kWords % 2 == 0) {
-#pragma unroll
-    for (int i = 0; i < kWords / 2; ++i) {
-      const uint2 x = static_cast<const uint2*>(from)[i];
-      to[2 * i] = x.x, to[2 * i + 1] = x.y;
-    }
-  } else {
-#pragma unroll
-    for (int i = 0; i < kWords; ++i) to[i] = static_cast<const uint32_t*>(from)[i];
+    const int first = (c.tile & ((1 << blob.tiles_log2) - 1)) * kQuantTokens;
+    const char* k_scale = keys + blob.codes + first / Shape::kGroup * (Shape::kHeadDim * 2);
+    const char* values = keys + blob.codes + 2 * blob.k_param;
+    const char* v_scale = values + blob.codes + first * (Shape::kRowGroups * 2);
+    copy(keys + first * Shape::kCodeRow, k_scale, k_scale + blob.k_param, values + first * Shape::kCodeRow, v_scale,
+         v_scale + blob.v_param);
+    return;
   }
+  // Whole rows, written or not: who reads the tile masks those past the last token.
+  const int first = (c.tile - c.quant_tiles) * Shape::kTailTokens & (p.page_size - 1);
+  const char* keys = page + (int64_t(c.kv_head) * p.page_size + first) * Shape::kTailRow;
+  copy_piece<Shape, Shape::kTailHalf, false>(to, keys, lane);
+  copy_piece<Shape, Shape::kTailHalf, false>(to + Shape::kTailHalf,
+                                             keys + int64_t(p.kv_heads) * p.page_size * Shape::kTailRow, lane);
 }
 
 }  // namespace vericache::cuda

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+// Quantized codes as operands of an mma, with no arithmetic at all.
+//
+// A 32-bit word of codes has two halves of kUnit = 16 / kBits codes. Register j of a word holds code j of the low half
+// and code j of the high half, each a small integer in the mantissa bits of a 16-bit float whose exponent and sign are
+// zero. Read as bf16 (2 to 7 bits) or fp16 (8 bits) that is a subnormal number, exactly code * 2^(place(j) -
+// kExponent): the tensor core multiplies it like any other. What it is multiplied by carries the scale and a power of
+// two that brings the products back into range.
+#pragma once
+
+#include <cstdint>
+
+#include "fast_math.cuh"
+
+namespace vericache::cuda {
+
+template <int kBits>
+struct QuantCodes {
+  static constexpr int kUnit = 16 / kBits;
+  static constexpr bool kFp16 = kBits == 8;
+  static constexpr int kExponent = kFp16 ? 24 : 133;
+
+  // The lowest bit of a code in register j. 2 bits: three codes share a shift, seven mantissa bits hold them.
+  static __host__ __device__ constexpr int place(int j) { return kBits == 2 ? 2 * (j % 3) : 0; }
+
+  static __device__ __forceinline__ uint32_t get(uint32_t word, int j) {
+    if constexpr (kBits == 8) return __byte_perm(word, 0, 0x4240u + uint32_t(j) * 0x101u);
+    constexpr uint32_t kMask = (1u << kBits) - 1;
+    return word >> (j * kBits - place(j)) & (kMask << place(j)) * 0x10001u;
+  }
+};
+
+// 2^e twice, as bf16.
+__host__ __device__ constexpr uint32_t bf16_power(int e) { return uint32_t(127 + e) << 7; }
+__host__ __device__ constexpr uint32_t bf16_powers(int low, int high) {
+  return bf16_power(low) | bf16_power(high) << 16;
+}
+
+__device__ __forceinline__ float low_of(uint32_t bf16_pair) { return __uint_as_float(bf16_pair << 16); }
+__device__ __forceinline__ float high_of(uint32_t bf16_pair) { return __uint_as_float(bf16_pair & 0xffff0000u); }
+__device__ __forceinline__ uint32_t half_from_bf16(uint32_t pair) { return pack_half(low_of(pair), high_of(pair)); }
+
+// The low or the high elements of two words.
+__device__ __forceinline__ uint32_t pair_elements(uint32_t a, uint32_t b, bool high) {
+  return __byte_perm(a, b, high ? 0x7632u : 0x5410u);
+}
+
+// Of 2 * kUnit elements side by side (kUnit words): pair j = element j (low) and element j + kUnit (high), which is how
+// register j of a word of codes pairs them.
+template <int kUnit>
+__device__ __forceinline__ uint32_t pair_halves(const uint32_t (&words)[kUnit], int j) {
+  return pair_elements(words[j / 2], words[(j + kUnit) / 2], j % 2);
+}
+
+// kWords words from memory aligned to their size, at most to 16 bytes.
+template <int kWords>
+__device__ __forceinline__ void load_words(uint32_t (&to)[kWords], const void* from) {
+  if constexpr (kWords % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i) {
+      const uint4 x = static_cast<const uint4*>(from)[i];
+      to[4 * i] = x.x, to[4 * i + 1] = x.y, to[4 * i + 2] = x.z, to[4 * i + 3] = x.w;
+    }
+  } else if constexpr (kWords % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords / 2; ++i) {
+      const uint2 x = static_cast<const uint2*>(from)[i];
+      to[2 * i] = x.x, to[2 * i + 1] = x.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) to[i] = static_cast<const uint32_t*>(from)[i];
+  }
+}
+
+}  // namespace vericache::cuda

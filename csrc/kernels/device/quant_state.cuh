@@ -1,0 +1,373 @@
+// SPDX-License-Identifier: Apache-2.0
+// What one warp sums up over its tiles of a unit (request, up to 8 item rows, KV head), with mma m16n8k16.
+//
+// The operands are turned around: keys take the 16-wide side of the mma, item rows its 8-wide side, so the expensive
+// operand, the codes, is built once: scores are s[key][row], outputs o[channel][row]; movmatrix turns the weights from
+// one into the other. Codes enter as they are (quant_codes.cuh); scales belong to the other operand:
+// - Keys: score = sum q' code + sum q zero, q' = q * scale, once a group of tokens; the second sum is the same for all
+//   keys of a group and takes one mma a step for two groups.
+// - Values: o = sum w' code + sum w zero, w' = w * scale, once a token and group of channels; the second sum has one
+//   mma for 16 tokens, whose idle rows multiply ones: the sum of weights.
+// Eight units of 16 bits, which is what a row of ldmatrix gives the lanes, hold 64 channels at 2 bits: two groups of 32
+// in one mma, which would need two weights. kPaired: with up to four item rows, columns 4 .. 7 repeat rows 0 .. 3 for
+// the second group, and of each accumulator the half that belongs together is used. Else each group has its own
+// accumulators.
+//
+// Lane (g, t) = (lane / 4, lane % 4). Of each 16-byte piece c of a key it has word t; of a value unit g. In a block of
+// 16 tokens, slot s < 8 (row of the score tile, k index of the second product) is token 2s, slot 8 + s token 2s + 1.
+//
+// Weights are 2^(x - reference), raised by 2^kWeightShift. The reference is raised to the running maximum only when a
+// weight would exceed 2^kSlack; any reference is right that keeps weights in range.
+#pragma once
+
+#include "element.cuh"
+#include "mma.cuh"
+#include "quant_tile.cuh"
+#include "softmax_state.cuh"
+
+namespace vericache::cuda {
+
+template <class Shape>
+struct QuantState {
+  using Codes = QuantCodes<Shape::kBits>;
+  static constexpr int kUnit = Shape::kUnit, kChunks = Shape::kChunks, kChannels = Shape::kChunkChannels;
+  static constexpr int kSets = kChannels == 2 * Shape::kGroup && !Shape::kPaired ? 2 : 1;
+  static constexpr int kTiles = Shape::kHeadDim / 16;        // accumulator tiles of a set
+  static constexpr int kQueryShift = Shape::kFp16 ? 0 : 60;  // q is raised by this power of two
+  static constexpr int kWeightShift = Shape::kFp16 ? 4 : 64, kSlack = Shape::kFp16 ? 4 : 8;
+
+  uint32_t q[kChunks * kUnit];                          // bf16, channels side by side, times 2^(shift - place)
+  uint32_t q_half[Shape::kFp16 ? kChunks * kUnit : 1];  // the same in fp16
+  float o[kSets][kTiles][4];
+  float sums[4];  // 0, 1: weights times zeros (V group g % 4; slots below 8 if g < 4, else the others); 2, 3: weights
+  float reference[2];  // of columns 2t, 2t + 1; log2 units
+
+  __device__ __forceinline__ static float power(int e) { return __uint_as_float(uint32_t(127 + e) << 23); }
+  // bf16 powers of two for channels 2i, 2i + 1 of a lane's piece of a key: 2^(sign * place).
+  static constexpr uint32_t places(int i, int sign) {
+    return bf16_powers(sign * Codes::place(2 * i % kUnit), sign * Codes::place((2 * i + 1) % kUnit));
+  }
+  // Words of bf16 keys or zeros as the other operand of q.
+  static __device__ __forceinline__ uint32_t unplaced(uint32_t word, int i) {
+    return Shape::kBits == 2 ? multiply_bf16x2(word, places(i, 1)) : word;
+  }
+
+  // `q_row`: q of the item row that this lane's column g stands for, or null if there is none.
+  __device__ void start(const uint16_t* q_row, int lane) {
+    const int t = lane % 4;
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      uint32_t words[kUnit] = {};
+      if (q_row != nullptr) load_words(words, q_row + c * kChannels + t * (kChannels / 4));
+#pragma unroll
+      for (int i = 0; i < kUnit; ++i) {
+        if constexpr (Shape::kFp16) {
+          q[c * kUnit + i] = words[i];
+          q_half[c * kUnit + i] = half_from_bf16(words[i]);
+        } else {
+          q[c * kUnit + i] =
+              multiply_bf16x2(multiply_bf16x2(words[i], bf16_powers(kQueryShift, kQueryShift)), places(i, -1));
+        }
+      }
+    }
+#pragma unroll
+    for (int set = 0; set < kSets; ++set)
+#pragma unroll
+      for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) o[set][n][e] = 0.f;
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums[e] = 0.f;
+    reference[0] = reference[1] = negative_infinity();
+  }
+
+  // Weights of scores s * factor + bias (log2 units; bias by block and column) as B fragments, bf16 or fp16.
+  template <bool kHalf, int kBlocks>
+  __device__ __forceinline__ void weigh(const float (&s)[kBlocks][4], float factor, const float (&bias)[kBlocks][2],
+                                        uint32_t (&weights)[kBlocks][2]) {
+    const auto pack = [](float a, float b) { return kHalf ? pack_half(a, b) : pack_bf16(a, b); };
+    const auto larger = [](uint32_t a, uint32_t b) { return kHalf ? max_half2(a, b) : max_bf16x2(a, b); };
+    uint32_t packed[kBlocks][2];
+    const auto compute = [&](const float (&from)[2]) {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        float w[4];
+#pragma unroll
+        for (int e = 0; e < 4; ++e)
+          w[e] = fast_exp2(fmaf(s[b][e], factor, bias[b][e % 2] - (from[e % 2] - kWeightShift)));
+        packed[b][0] = pack(w[0], w[1]);
+        packed[b][1] = pack(w[2], w[3]);
+      }
+    };
+    compute(reference);
+    uint32_t most = larger(packed[0][0], packed[0][1]);
+#pragma unroll
+    for (int b = 1; b < kBlocks; ++b) most = larger(most, larger(packed[b][0], packed[b][1]));
+    // Positive floats compare as integers; infinities and NaN, which the first tile gives, are above.
+    constexpr uint32_t kLimit = uint32_t((kHalf ? 15 : 127) + kWeightShift + kSlack) << (kHalf ? 10 : 7);
+    if (__any_sync(0xffffffffu, (most & 0x7fffu) > kLimit || (most >> 16 & 0x7fffu) > kLimit)) {
+      float next[2], rescale[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float x = negative_infinity();
+#pragma unroll
+        for (int b = 0; b < kBlocks; ++b)
+          x = fmaxf(x, fmaxf(fmaf(s[b][r], factor, bias[b][r]), fmaf(s[b][r + 2], factor, bias[b][r])));
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+        x = fmaxf(x, reference[r]);
+        next[r] = x == negative_infinity() ? 0.f : x;
+        rescale[r] = fast_exp2(reference[r] - next[r]);
+        reference[r] = x;
+      }
+#pragma unroll
+      for (int set = 0; set < kSets; ++set)
+#pragma unroll
+        for (int n = 0; n < kTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 4; ++e) o[set][n][e] *= rescale[e % 2];
+#pragma unroll
+      for (int e = 0; e < 4; ++e) sums[e] *= rescale[e % 2];
+      compute(next);
+    }
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) weights[b][half] = movmatrix_trans(packed[b][half]);
+  }
+
+  // The codes of a block of 16 tokens, 16-byte pieces c and c + 1 (only c if a token has but one): [piece][slots below
+  // 8, from 8 on]. `codes`: shared address. kTrans: values.
+  static constexpr int kPieces = kChunks > 1 ? 2 : 1;
+  template <bool kTrans>
+  static __device__ __forceinline__ void load_codes(uint32_t (&words)[kPieces][2], uint32_t codes, int block, int c,
+                                                    int lane) {
+    const int token = block * 16 + lane % 8 * 2 + lane / 8 % 2;
+    const uint32_t at = codes + Shape::place_of(token * Shape::kCodeRow + (c + lane / 16 % kPieces) * 16);
+    if constexpr (kPieces == 2) {
+      uint32_t r[4];
+      kTrans ? ldmatrix_x4_trans(r, at) : ldmatrix_x4(r, at);
+      words[0][0] = r[0], words[0][1] = r[1], words[1][0] = r[2], words[1][1] = r[3];
+    } else {
+      kTrans ? ldmatrix_x2_trans(words[0], at) : ldmatrix_x2(words[0], at);
+    }
+  }
+
+  // A tile's keys to weights. `tile`, `address`: its place in shared memory.
+  __device__ __forceinline__ void keys(const unsigned char* tile, uint32_t address, float c, int lane,
+                                       uint32_t (&weights)[4][2]) {
+    constexpr int kGroups = Shape::kKeyGroups, kGroupBlocks = 4 / kGroups;
+    const int t = lane % 4;
+    float s[4][4] = {}, zeros[4] = {};
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      uint32_t zero[2][kUnit];
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group)
+        load_words(zero[group],
+                   tile + Shape::kKeyZero + (group * Shape::kHeadDim + chunk * kChannels + t * (kChannels / 4)) * 2);
+#pragma unroll
+      for (int i = 0; i < kUnit; i += 2) {
+        const uint32_t a0 = unplaced(zero[0][i], i), a2 = unplaced(zero[0][i + 1], i + 1);
+        const uint32_t a1 = kGroups == 2 ? unplaced(zero[1][i], i) : a0;
+        const uint32_t a3 = kGroups == 2 ? unplaced(zero[1][i + 1], i + 1) : a2;
+        mma_m16n8k16(zeros, {a0, a1, a2, a3}, q[chunk * kUnit + i], q[chunk * kUnit + i + 1]);
+      }
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; chunk += kPieces) {
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group) {
+        uint32_t scaled[kPieces][kUnit];  // q', paired as codes are
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+          uint32_t scale[kUnit];
+          load_words(scale, tile + Shape::kKeyScale +
+                                (group * Shape::kHeadDim + (chunk + piece) * kChannels + t * (kChannels / 4)) * 2);
+#pragma unroll
+          for (int i = 0; i < kUnit; ++i)
+            scale[i] = Shape::kFp16 ? multiply_half2(half_from_bf16(scale[i]),
+                                                     q_half[Shape::kFp16 ? (chunk + piece) * kUnit + i : 0])
+                                    : multiply_bf16x2(scale[i], q[(chunk + piece) * kUnit + i]);
+#pragma unroll
+          for (int j = 0; j < kUnit; ++j) scaled[piece][j] = pair_halves<kUnit>(scale, j);
+        }
+#pragma unroll
+        for (int b = group * kGroupBlocks; b < (group + 1) * kGroupBlocks; ++b) {
+          uint32_t words[kPieces][2];
+          load_codes<false>(words, address, b, chunk, lane);
+#pragma unroll
+          for (int piece = 0; piece < kPieces; ++piece)
+#pragma unroll
+            for (int j = 0; j < kUnit; j += 2)
+              multiply(s[b],
+                       {Codes::get(words[piece][0], j), Codes::get(words[piece][1], j),
+                        Codes::get(words[piece][0], j + 1), Codes::get(words[piece][1], j + 1)},
+                       scaled[piece][j], scaled[piece][j + 1]);
+        }
+      }
+    }
+    float bias[4][2];
+#pragma unroll
+    for (int b = 0; b < 4; ++b)
+#pragma unroll
+      for (int r = 0; r < 2; ++r) bias[b][r] = zeros[b / kGroupBlocks * 2 + r] * (c * power(-kQueryShift));
+    weigh<Shape::kFp16>(s, c * power(Codes::kExponent - kQueryShift), bias, weights);
+  }
+
+  __device__ __forceinline__ void values(const unsigned char* tile, uint32_t address, int lane,
+                                         const uint32_t (&weights)[4][2]) {
+    constexpr int kRowGroups = Shape::kRowGroups;
+    const int g = lane / 4, t = lane % 4;
+    uint32_t zero[4];  // of V group g % 4, by block: two tokens, of the slots below 8 if g < 4, else of the others
+    if constexpr (kRowGroups == 4) {
+      ldmatrix_x4_trans(zero, address + Shape::kValueZero + lane * 16);
+    } else {
+      const auto* from =
+          reinterpret_cast<const uint16_t*>(tile + Shape::kValueZero) + (t * 4 + g / 4) * kRowGroups + g % kRowGroups;
+#pragma unroll
+      for (int b = 0; b < 4; ++b)
+        zero[b] = uint32_t(from[b * 16 * kRowGroups]) | uint32_t(from[(b * 16 + 2) * kRowGroups]) << 16;
+    }
+    if constexpr (Shape::kFp16)
+#pragma unroll
+      for (int b = 0; b < 4; ++b) zero[b] = half_from_bf16(zero[b]);
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      constexpr uint32_t kOnes = Shape::kFp16 ? 0x3c003c00u : 0x3f803f80u;
+      multiply(sums, {g < 4 ? zero[b] : 0u, kOnes, g < 4 ? 0u : zero[b], kOnes}, weights[b][0], weights[b][1]);
+      uint32_t scales[2 * kRowGroups];  // of tokens 4t .. 4t + 3
+      load_words(scales, tile + Shape::kValueScale + (b * 16 + t * 4) * kRowGroups * 2);
+      const auto scaled = [&](int group, bool odd, int half) {  // weights times scales of V group `group` + odd
+        uint32_t pair;
+        if constexpr (kRowGroups == 4)
+          pair = pair_elements(scales[half * 2 + group / 2], scales[(half + 2) * 2 + group / 2], group % 2 || odd);
+        else if constexpr (kRowGroups == 2)
+          pair = pair_elements(scales[half], scales[half + 2], group % 2 || odd);
+        else
+          pair = pair_elements(scales[0], scales[1], half);
+        return Shape::kFp16 ? multiply_half2(half_from_bf16(pair), weights[b][half])
+                            : multiply_bf16x2(pair, weights[b][half]);
+      };
+#pragma unroll
+      for (int chunk = 0; chunk < kChunks; chunk += kPieces) {
+        uint32_t words[kPieces][2];
+        load_codes<true>(words, address + Shape::kValues, b, chunk, lane);
+#pragma unroll
+        for (int piece = 0; piece < kPieces; ++piece) {
+          const int group = (chunk + piece) * kChannels / Shape::kGroup;
+#pragma unroll
+          for (int set = 0; set < kSets; ++set) {
+            const bool odd = Shape::kPaired ? g >= 4 : set == 1;
+            const uint32_t b0 = scaled(group, odd, 0), b1 = scaled(group, odd, 1);
+#pragma unroll
+            for (int j = 0; j < kUnit; j += 2)
+              multiply(o[set][((chunk + piece) * kUnit + j) / 2],
+                       {Codes::get(words[piece][0], j), Codes::get(words[piece][0], j + 1),
+                        Codes::get(words[piece][1], j), Codes::get(words[piece][1], j + 1)},
+                       b0, b1);
+          }
+        }
+      }
+    }
+  }
+
+  // A tile of the tail: its first `valid` tokens were written, columns 2t, 2t + 1 see the first seen[0], seen[1].
+  __device__ __forceinline__ void tail(const unsigned char* tile, float c, int lane, int valid, const int (&seen)[2]) {
+    constexpr int kTokens = Shape::kTailTokens, kRow = Shape::kTailRow;
+    const int g = lane / 4, t = lane % 4;
+    float s[1][4] = {};
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      uint32_t k[2][kUnit] = {};
+#pragma unroll
+      for (int half = 0; half < kTokens / 8; ++half)
+        load_words(k[half], tile + (g + half * 8) * kRow + (chunk * kChannels + t * (kChannels / 4)) * 2);
+#pragma unroll
+      for (int i = 0; i < kUnit; i += 2)
+        mma_m16n8k16(
+            s[0],
+            {unplaced(k[0][i], i), unplaced(k[1][i], i), unplaced(k[0][i + 1], i + 1), unplaced(k[1][i + 1], i + 1)},
+            q[chunk * kUnit + i], q[chunk * kUnit + i + 1]);
+    }
+#pragma unroll
+    for (int e = 0; e < 4; ++e)
+      if (g + e / 2 * 8 >= seen[e % 2] || e / 2 * 8 >= kTokens) s[0][e] = negative_infinity();
+    const float bias[1][2] = {{0.f, 0.f}};
+    uint32_t weights[1][2];
+    weigh<false>(s, c * power(-kQueryShift), bias, weights);
+    constexpr uint32_t kOnes = 0x3f803f80u;
+    mma_m16n8k16(sums, {0u, kOnes, 0u, kOnes}, weights[0][0], weights[0][1]);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {  // in two steps: 2^-133 is no normal number
+      constexpr int kFirst = Codes::kExponent / 2, kSecond = Codes::kExponent - kFirst;
+      weights[0][half] = multiply_bf16x2(weights[0][half], bf16_powers(-kFirst, -kFirst));
+      weights[0][half] = multiply_bf16x2(weights[0][half], bf16_powers(-kSecond, -kSecond));
+    }
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      uint32_t v[4][kUnit / 2] = {};  // tokens 2t, 2t + 1, 8 + 2t, 9 + 2t
+#pragma unroll
+      for (int i = 0; i < 2 * (kTokens / 8); ++i) {
+        const int token = t * 2 + i % 2 + i / 2 * 8;
+        if (token < valid)
+          load_words(v[i], tile + Shape::kTailHalf + token * kRow + (chunk * kChannels + g * kUnit) * 2);
+      }
+      const auto element = [&](int half, int j) {
+        const uint32_t pair = pair_elements(v[half * 2][j / 2], v[half * 2 + 1][j / 2], j % 2);
+        return Shape::kBits == 2 ? multiply_bf16x2(pair, bf16_powers(Codes::place(j), Codes::place(j))) : pair;
+      };
+#pragma unroll
+      for (int j = 0; j < kUnit; j += 2)
+#pragma unroll
+        for (int set = 0; set < kSets; ++set)
+          mma_m16n8k16(o[set][(chunk * kUnit + j) / 2],
+                       {element(0, j), element(0, j + 1), element(1, j), element(1, j + 1)}, weights[0][0],
+                       weights[0][1]);
+    }
+  }
+
+  // Leaves the state in shared memory: to_o [kItemRows][head_dim] float, to_ml [kItemRows] (reference, sum of weights).
+  __device__ void deposit(float* to_o, float2* to_ml, int lane) const {
+    const int g = lane / 4, t = lane % 4;
+    float zeros[2];
+#pragma unroll
+    for (int r = 0; r < 2; ++r) zeros[r] = sums[r] + __shfl_xor_sync(0xffffffffu, sums[r], 16);
+    const bool mine = !Shape::kPaired || g / 4 == t / 2;
+#pragma unroll
+    for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const int group = chunk * kChannels / Shape::kGroup + (kChannels == 2 * Shape::kGroup ? g / 4 : 0);
+      float z[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) z[r] = __shfl_sync(0xffffffffu, zeros[r], group * 4 + t) * power(-kWeightShift);
+#pragma unroll
+      for (int j = 0; j < kUnit; j += 2) {
+        const int n = (chunk * kUnit + j) / 2;
+        const float f0 = power(Codes::kExponent - kWeightShift - Codes::place(j));
+        const float f1 = power(Codes::kExponent - kWeightShift - Codes::place(j + 1));
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const float o0 = kSets == 2 && g >= 4 ? o[kSets - 1][n][r] : o[0][n][r];
+          const float o1 = kSets == 2 && g >= 4 ? o[kSets - 1][n][r + 2] : o[0][n][r + 2];
+          if (mine)
+            *reinterpret_cast<float2*>(to_o + (2 * t + r) % Shape::kItemRows * Shape::kHeadDim + chunk * kChannels +
+                                       g * kUnit + j) = make_float2(fmaf(o0, f0, z[r]), fmaf(o1, f1, z[r]));
+        }
+      }
+    }
+    if (g == 0)
+#pragma unroll
+      for (int r = 0; r < 2; ++r)
+        to_ml[(2 * t + r) % Shape::kItemRows] = make_float2(reference[r], sums[2 + r] * power(-kWeightShift));
+  }
+
+ private:
+  static __device__ __forceinline__ void multiply(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+    if constexpr (Shape::kFp16)
+      mma_m16n8k16_half(c, a, b0, b1);
+    else
+      mma_m16n8k16(c, a, b0, b1);
+  }
+};
+
+}  // namespace vericache::cuda
