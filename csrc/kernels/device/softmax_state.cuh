@@ -71,20 +71,23 @@ struct StateRun {
   int stride = 1, begin = 0, end = 0;
 };
 
-inline constexpr int kMergeWarps = 8;
 inline constexpr int kMergeGroup = 8;  // splits
 
-// out[row, head] = merged state of its splits. Grid: (q_heads, rows); block: kMergeWarps warps, warp w takes the groups
-// w, w + 8, ... of splits. `out` is bf16. Idle rows, and rows without a visible key, come out as zeros.
+// Warps a block of the merge for rows of at most `splits` splits; enters no bits.
+inline int merge_warps(int splits) { return splits <= 4 * kMergeGroup ? 4 : 8; }
+
+// out[row, head] = merged state of its splits. Grid: (q_heads, rows); block: kWarps warps, warp w takes the groups
+// w, w + kWarps, ... of splits. `out` is bf16. Idle rows, and rows without a visible key, come out as zeros.
 // Runs::states(row, head) says which states those are (a StateRun, empty for an idle row). If Runs::kFromInputs, it
 // reads only what was there before the kernel that wrote the states began, so it need not wait for that kernel's end:
 // a kernel that launches the merge has itself waited for all before it (let_next_kernel_start comes after its wait).
-template <int kHeadDim, class Runs>
-__global__ void __launch_bounds__(32 * kMergeWarps)
+template <int kHeadDim, int kWarps, class Runs>
+__global__ void __launch_bounds__(32 * kWarps)
     merge_states_kernel(const __grid_constant__ Runs runs, PartialStates partial, uint16_t* out) {
   constexpr int kPer = kHeadDim / 32;  // channels a lane
-  __shared__ float group_o[kMergeWarps][kHeadDim];
-  __shared__ float group_l[kMergeWarps];
+  static_assert(32 * kWarps >= kHeadDim);
+  __shared__ float group_o[kWarps][kHeadDim];
+  __shared__ float group_l[kWarps];
   const int head = int(blockIdx.x), row = int(blockIdx.y), q_heads = int(gridDim.x);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   StateRun run;
@@ -94,19 +97,9 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
   let_next_kernel_start();
   wait_for_previous_kernel();
   if constexpr (!Runs::kFromInputs) run = runs.states(row, head);
-  float largest = negative_infinity();
-  for (int s = run.begin + lane; s < run.end; s += 32)
-    largest = fmaxf(largest, partial.ml[run.first + int64_t(s) * run.stride].x);
-  for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-  if (largest == negative_infinity()) largest = 0.f;
-
-  float sum_l = 0.f, sum_o = 0.f;  // of channel threadIdx.x, for threadIdx.x < kHeadDim
-  const int groups = (run.end + kMergeGroup - 1) / kMergeGroup;
-  for (int first = 0; first < groups; first += kMergeWarps) {
-    float o[kPer] = {}, l = 0.f;
-    const int begin = (first + warp) * kMergeGroup;
-    float values[kMergeGroup][kPer];
-    float2 ml[kMergeGroup];
+  float values[kMergeGroup][kPer];
+  float2 ml[kMergeGroup];
+  const auto load_group = [&](int begin) {
 #pragma unroll
     for (int i = 0; i < kMergeGroup; ++i) {  // all loads first: they are independent
       const int s = begin + i;
@@ -121,6 +114,22 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
         values[i][j + 1] = pair.y;
       }
     }
+  };
+  const auto largest_of = [&](int s) {
+    return s < run.end ? partial.ml[run.first + int64_t(s) * run.stride].x : negative_infinity();
+  };
+  float largest = largest_of(run.begin + lane), other = largest_of(run.begin + lane + 32);
+  load_group(warp * kMergeGroup);  // on their way while the largest is found
+  for (int s = run.begin + lane + 64; s < run.end; s += 32) largest = fmaxf(largest, largest_of(s));
+  largest = fmaxf(largest, other);
+  for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  if (largest == negative_infinity()) largest = 0.f;
+
+  float sum_l = 0.f, sum_o = 0.f;  // of channel threadIdx.x, for threadIdx.x < kHeadDim
+  const int groups = (run.end + kMergeGroup - 1) / kMergeGroup;
+  for (int first = 0; first < groups; first += kWarps) {
+    float o[kPer] = {}, l = 0.f;
+    if (first > 0) load_group((first + warp) * kMergeGroup);
 #pragma unroll
     for (int i = 0; i < kMergeGroup; ++i) {
       const float weight = fast_exp2(__fsub_rn(ml[i].x, largest));
@@ -133,7 +142,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
     if (lane == 0) group_l[warp] = l;
     __syncthreads();
     if (int(threadIdx.x) < kHeadDim) {
-      for (int g = 0; g < kMergeWarps; ++g) {
+      for (int g = 0; g < kWarps; ++g) {
         sum_o = __fadd_rn(sum_o, group_o[g][threadIdx.x]);
         sum_l = __fadd_rn(sum_l, group_l[g]);
       }
@@ -144,6 +153,19 @@ __global__ void __launch_bounds__(32 * kMergeWarps)
     const float value = sum_l > 0.f || sum_l != sum_l ? __fdiv_rn(sum_o, sum_l) : 0.f;
     out[(int64_t(row) * q_heads + head) * kHeadDim + threadIdx.x] = uint16_t(pack_bf16(value, 0.f));
   }
+}
+
+template <int kHeadDim, class Runs>
+void launch_merge(const Runs& runs, int splits, int rows, int q_heads, const PartialStates& partial, void* out,
+                  const DeviceInfo& info, cudaStream_t stream) {
+  const auto with = [&](auto kernel, int warps) {
+    launch(kernel, {dim3(unsigned(q_heads), unsigned(rows)), dim3(unsigned(32 * warps))}, info, stream, runs, partial,
+           static_cast<uint16_t*>(out));
+  };
+  if (merge_warps(splits) == 4)
+    with(merge_states_kernel<kHeadDim, 4, Runs>, 4);
+  else
+    with(merge_states_kernel<kHeadDim, 8, Runs>, 8);
 }
 
 }  // namespace vericache::cuda

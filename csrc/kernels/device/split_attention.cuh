@@ -206,8 +206,7 @@ __device__ void AttentionBlock<Keys, Shape>::produce(int warp) const {
 #pragma unroll
         for (int j = 0; j < kGranuleTokens / kTokensAnInstruction; ++j) {
           const int row = j * kTokensAnInstruction + row0;
-          cp_async16(swizzled(slot, g * kGranuleTokens + row, Shape::kRowBytes, chunk), from + j * 512,
-                            row < valid);
+          cp_async16(swizzled(slot, g * kGranuleTokens + row, Shape::kRowBytes, chunk), from + j * 512, row < valid);
         }
       }
       mbarrier_arrive_after_copies(full + 8 * ring.slot);
@@ -578,8 +577,8 @@ void launch_split_attention(const typename Keys::Params& p, int max_splits, cuda
   }
   allow_all_smem<kernel>(info);
   launch(kernel, {dim3(grid), dim3(Shape::kThreads), size_t(ring + slots * Shape::kSlotBytes)}, info, stream, args);
-  launch(merge_states_kernel<Shape::kHeadDim, RowSplits<Keys>>, {dim3(p.q_heads, p.rows), dim3(32 * kMergeWarps)}, info,
-         stream, RowSplits<Keys>{p, max_splits}, partial, static_cast<uint16_t*>(p.out));
+  launch_merge<Shape::kHeadDim>(RowSplits<Keys>{p, max_splits}, max_splits, p.rows, p.q_heads, partial, p.out, info,
+                                stream);
 }
 
 }  // namespace vericache::cuda

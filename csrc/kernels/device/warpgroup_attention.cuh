@@ -47,7 +47,7 @@ struct WarpgroupShape {
   static_assert(kSlots % 2 == 0);  // K in even slots, V in odd ones
   // Registers a thread at the start are those of 384 threads a multiprocessor, so that with one consumer warpgroup the
   // merge's blocks find room beside ours.
-  static constexpr int kBoundThreads = 384, kConsumerRegisters = 208, kProducerRegisters = kWarpgroups == 2 ? 88 : 120;
+  static constexpr int kBoundThreads = 384, kConsumerRegisters = 200, kProducerRegisters = kWarpgroups == 2 ? 104 : 120;
 };
 
 // Items handed out beyond the first of each block, counted in the workspace, whose contents are unknown before a
@@ -56,11 +56,10 @@ struct WarpgroupShape {
 using TaggedCounter = unsigned long long;
 inline constexpr TaggedCounter kFreshCounter = 0xffa5c3e1ull << 32;
 
-__device__ __forceinline__ int add_one(TaggedCounter* counter) {
-  while (true) {
-    const TaggedCounter old = atomicAdd(counter, 1ull);
-    if (old >> 32 == kFreshCounter >> 32) return int(old & 0xffffffffu);
-  }
+// What an addition of one has returned, as the count before it.
+__device__ __forceinline__ int counted(TaggedCounter* counter, TaggedCounter old) {
+  while (old >> 32 != kFreshCounter >> 32) old = atomicAdd(counter, 1ull);
+  return int(old & 0xffffffffu);
 }
 
 template <class Keys>
@@ -131,16 +130,6 @@ struct WarpgroupBlock {
     return min(split_begin(work.split + 1), span.hi);
   }
 
-  __device__ int take_item(int items) const {
-    if (items <= int(gridDim.x)) return items;
-    int ticket = 0;
-    if (threadIdx.x % 32 == 0) {
-      ticket = add_one(args.work);
-      if (ticket == items - 1) *args.work = 0;  // every block takes one ticket too many: this is the last
-    }
-    return int(gridDim.x) + __shfl_sync(0xffffffffu, ticket, 0);
-  }
-
   // q of an item, and its rows' positions; rows beyond the last, where a warp has some, are zero.
   __device__ void copy_q(const WorkItem& work) const {
     constexpr int kRowChunks = Shape::kHeadDim / 8;
@@ -183,14 +172,17 @@ struct WarpgroupBlock {
   }
 };
 
-// Copies tiles in the order of the list. A lane looks up the place of one box, 32 boxes ahead: a tile must not take
-// this warp longer than the memory.
+// Copies tiles in the order of the list. The memory must never wait for this warp: a lane looks up the place of one
+// box, 32 boxes ahead, and the item after this one is claimed, and its first boxes are looked up, while tiles of this
+// one are still to come.
 template <class Keys, class Shape>
 __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
   constexpr uint32_t kAll = 0xffffffffu;
+  constexpr int kClaim = 6, kLookUp = 3;  // tiles before an item's end
   const auto& p = args.p;
   const int lane = threadIdx.x % 32, box_rows = args.box_rows, boxes = kTileTokens / box_rows, batch = 32 / boxes;
   const int items = schedule.items(p), own_box = lane % boxes;
+  const bool claims = items > int(gridDim.x);
   RingCursor ring;
   uint32_t q_parity = 1;
   bool waited = false;  // for the kernel before, whose work q is, and K and V that are not settled may be
@@ -199,24 +191,64 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
     waited = true;
   };
 
-  for (int item = int(blockIdx.x); item < items;) {
-    const WorkItem work = schedule.item(p, Shape::kRows, item);
+  struct Plan {
+    int item, token0, tiles;
+    WorkItem work;
+    Granule boxes;  // this lane's, of the first batch
+  };
+  const auto locate = [&](const Plan& plan, int first) {
+    return Keys::granule(p, schedule.span[plan.work.unit], plan.work.request, plan.work.kv_head,
+                         plan.token0 + first * kTileTokens + lane * box_rows);
+  };
+  const auto look_up = [&](int item) {
+    Plan plan{};
+    plan.item = item;
+    if (item >= items) return plan;
+    plan.work = schedule.item(p, Shape::kRows, item);
+    const Span span = schedule.span[plan.work.unit];
+    plan.token0 = first_token(plan.work, span);
+    plan.tiles = (end_token(plan.work, span) - plan.token0 + kTileTokens - 1) / kTileTokens;
+    plan.boxes = locate(plan, 0);
+    return plan;
+  };
+
+  Plan plan = look_up(int(blockIdx.x));
+  while (plan.item < items) {
+    const WorkItem work = plan.work;
     const Span span = schedule.span[work.unit];
-    const int token0 = first_token(work, span),
-              tiles = (end_token(work, span) - token0 + kTileTokens - 1) / kTileTokens;
-    const int settled_tokens = p.cache_settled ? Keys::settled_end(span, schedule.first_pos[work.request]) - token0 : 0;
+    const int tiles = plan.tiles;
+    const int settled_tokens =
+        p.cache_settled ? Keys::settled_end(span, schedule.first_pos[work.request]) - plan.token0 : 0;
     const int settled = max(settled_tokens, 0) / kTileTokens;
+    // While the kernel before runs, as many tiles as the ring takes come first.
+    const int tiles_before_q = min(waited ? 1 : Shape::kSlots / 2, tiles);
+    const int claim_at = max(tiles - kClaim, tiles_before_q), look_up_at = max(tiles - kLookUp, tiles_before_q);
+    TaggedCounter ticket = 0;
+    Plan next{};
     const auto send_q = [&]() {
       wait_once();
       mbarrier_wait(base + Smem::kQEmpty, q_parity);
       copy_q(work);
       q_parity ^= 1;
     };
-    // While the kernel before runs, as many tiles as the ring takes come first.
-    const int tiles_before_q = waited ? 0 : min(Shape::kSlots / 2, tiles);
+    const auto claim = [&]() {
+      if (claims && lane == 0) ticket = atomicAdd(args.work, 1ull);
+    };
+    const auto look_ahead = [&]() {
+      int item = items;
+      if (claims) {
+        if (lane == 0) {
+          item = int(gridDim.x) + counted(args.work, ticket);
+          if (item == int(gridDim.x) + items - 1) *args.work = 0;  // each block claims one too many: this is the last
+        }
+        item = __shfl_sync(kAll, item, 0);
+      }
+      next = look_up(item);
+    };
+
     for (int first = 0; first < tiles; first += batch) {
-      const int box_token = token0 + first * kTileTokens + lane * box_rows;
-      const Granule own = Keys::granule(p, span, work.request, work.kv_head, box_token);
+      const Granule own = first == 0 ? plan.boxes : locate(plan, first);
+      const int box_token = plan.token0 + first * kTileTokens + lane * box_rows;
       const uint64_t k = reinterpret_cast<uint64_t>(own.k), v = k + uint64_t(int64_t(own.v_offset));
       const RowPlace k_place = row_place<Shape::kHeadDim>(k), v_place = row_place<Shape::kHeadDim>(v);
       const uint32_t good =
@@ -224,8 +256,11 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
                                   ((k | v) & (Shape::kHeadDim * 2 - 1)) == 0 && k_place.high == v_place.high);
       const int count = min(batch, tiles - first);
       for (int i = 0; i < count; ++i) {
-        if (first + i == tiles_before_q) send_q();
-        if (first + i >= settled) wait_once();
+        const int tile = first + i;
+        if (tile == tiles_before_q) send_q();
+        if (tile >= settled) wait_once();
+        if (tile == claim_at) claim();
+        if (tile == look_up_at) look_ahead();
         const uint32_t own_boxes = ((1u << boxes) - 1) << i * boxes;
         const bool whole = (good & own_boxes) == own_boxes;
         const int from = i * boxes + own_box, high = __shfl_sync(kAll, k_place.high, from);
@@ -234,9 +269,9 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
         for (int part = 0; part < 2; ++part) {  // K, then V
           mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
           const uint32_t slot = base + uint32_t(ring.slot * Shape::kSlotBytes), barrier = full + 8 * ring.slot;
-          if (!whole) copy_part_of_tile(work, span, token0 + (first + i) * kTileTokens, part, slot);
+          if (!whole) copy_part_of_tile(work, span, plan.token0 + tile * kTileTokens, part, slot);
           if (lane == 0) {
-            if (part == 0) tags[ring.slot] = item;
+            if (part == 0) tags[ring.slot] = plan.item;
             if (whole)
               mbarrier_expect(barrier, Shape::kSlotBytes);
             else
@@ -258,7 +293,9 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
       }
     }
     if (tiles_before_q == tiles) send_q();
-    item = take_item(items);
+    if (claim_at >= tiles) claim();
+    if (look_up_at >= tiles) look_ahead();
+    plan = next;
   }
   mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
   if (lane == 0) {
@@ -544,8 +581,8 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
   launch(kernel, {dim3(grid), dim3(Shape::kThreads), smem}, info, stream,
          WarpgroupArgs<Keys>{p, partial, reinterpret_cast<TaggedCounter*>(partial.ml + states), max_splits,
                              boxes_of_tiles ? kTileTokens : kGranuleTokens, maps[boxes_of_tiles]});
-  launch(merge_states_kernel<Shape::kHeadDim, RowSplits<Keys>>, {dim3(p.q_heads, p.rows), dim3(32 * kMergeWarps)}, info,
-         stream, RowSplits<Keys>{p, max_splits}, partial, static_cast<uint16_t*>(p.out));
+  launch_merge<Shape::kHeadDim>(RowSplits<Keys>{p, max_splits}, max_splits, p.rows, p.q_heads, partial, p.out, info,
+                                stream);
 }
 
 // On the current device.
