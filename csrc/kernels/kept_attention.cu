@@ -15,6 +15,8 @@ namespace {
 
 struct KeptKeys {
   using Params = KeptAttentionParams;
+  // A page holds a power of two of tokens.
+  static __device__ __forceinline__ int page_shift(const Params& p) { return 31 - __clz(p.page_size); }
   static constexpr bool kPerHead = true;
 
   static __device__ __forceinline__ Span span(const Params& p, int request, int kv_head, int, int last_position) {
@@ -43,12 +45,12 @@ struct KeptKeys {
                                                 int bytes) {
     if (token < s.hole_end) {
       const int64_t page =
-          p.kept_table[request * p.kept_stride_request + kv_head * p.kept_stride_head + token / p.page_size];
+          p.kept_table[request * p.kept_stride_request + kv_head * p.kept_stride_head + (token >> page_shift(p))];
       return {reinterpret_cast<const char*>(page) + int64_t(token & (p.page_size - 1)) * p.head_dim * bytes,
               p.page_size * p.head_dim * bytes};
     }
     const int tail = token - s.hole_end;
-    const int64_t page = p.tail_table[request * p.tail_stride_request + tail / p.page_size];
+    const int64_t page = p.tail_table[request * p.tail_stride_request + (tail >> page_shift(p))];
     return {reinterpret_cast<const char*>(page) +
                 (int64_t(kv_head) * p.page_size + (tail & (p.page_size - 1))) * p.head_dim * bytes,
             p.kv_heads * p.page_size * p.head_dim * bytes};

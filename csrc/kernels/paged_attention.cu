@@ -17,6 +17,8 @@ namespace {
 
 struct PagedKeys {
   using Params = PagedAttentionParams;
+  // A page holds a power of two of tokens.
+  static __device__ __forceinline__ int page_shift(const Params& p) { return 31 - __clz(p.page_size); }
   static constexpr bool kPerHead = false;
 
   static __device__ __forceinline__ Span span(const Params& p, int, int, int first_position, int last_position) {
@@ -35,7 +37,7 @@ struct PagedKeys {
     return (int64_t(kv_head) * p.page_size + (token & (p.page_size - 1))) * p.head_dim;
   }
   static __device__ __forceinline__ int64_t page(const Params& p, int request, int token) {
-    return p.page_table[request * p.table_stride_request + token / p.page_size];
+    return p.page_table[request * p.table_stride_request + (token >> page_shift(p))];
   }
   static __device__ __forceinline__ Granule granule(const Params& p, const Span& s, int request, int kv_head,
                                                     int token) {
@@ -68,7 +70,7 @@ void launch_for(const PagedAttentionParams& p, cudaStream_t stream) {
   const int64_t item_rows = int64_t(p.rows) * (p.q_heads / p.kv_heads);  // of all requests
   if (has_wgmma()) {
     if (item_rows <= 8 * int64_t(p.requests))
-      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 8>>(p, max_splits(p), stream);
+      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 8, 2>>(p, max_splits(p), stream);
     else if (item_rows <= 64 * int64_t(p.requests))
       launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 64>>(p, max_splits(p), stream);
     else

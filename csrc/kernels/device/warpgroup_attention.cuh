@@ -2,9 +2,10 @@
 // The attention of split_attention.cuh for Hopper (sm_90a): the same list of work items, splits and partial states,
 // with wgmma. Its bits differ from that kernel's; what must agree is every row count and batch on one device.
 //
-// Block: one or two consumer warpgroups of 64 item rows each (16 a warp), and a producer warp (of a warpgroup, which
-// gives its registers away). One row or 64, the instructions are the same; rows that do not exist cost no exponentials.
-// A row's scores, weights and sums stay in the registers of one quad of lanes: consumer warps exchange nothing.
+// Block: one or two consumer warpgroups of 64 item rows each (16 a warp), and a producer warp, one of a warpgroup
+// that gives its registers away. One row or 64, the
+// instructions are the same; rows that do not exist cost no exponentials. A row's scores, weights and sums stay in the
+// registers of one quad of lanes: consumer warps exchange nothing.
 //
 // Shared memory: a ring of slots of one tile (64 tokens of K, or of V), each head_dim / 64 parts of [64 tokens][128
 // bytes] in the hardware's 128-byte swizzle; q of an item, in parts of the same form, and the positions of its rows;
@@ -34,20 +35,24 @@
 namespace vericache::cuda {
 
 // kRows: item rows a block takes at a time; 8 where requests have so few, 64 and 128 with one and two warpgroups. With
-// 8 the rows g + 8 of a warp's fragments are nobody's.
-template <int kHeadDim_, int kRows_>
+// 8 the rows g + 8 of a warp's fragments are nobody's, warps 1 to 3 repeat warp 0, and two blocks share a
+// multiprocessor: while one begins or ends an item, the other keeps the memory busy.
+template <int kHeadDim_, int kRows_, int kBlocks_ = 1>
 struct WarpgroupShape {
   static constexpr int kHeadDim = kHeadDim_, kRows = kRows_, kHalves = kRows == 8 ? 1 : 2;
-  static constexpr int kWarpgroups = kRows == 128 ? 2 : 1, kFragmentRows = 64 * kWarpgroups;
+  static constexpr int kWarpgroups = kRows == 128 ? 2 : 1, kBlocks = kBlocks_;
+  static constexpr int kQRows = kRows == 8 ? 16 : kRows;
   static constexpr int kConsumerWarps = 4 * kWarpgroups, kProducerWarps = 4;
   static constexpr int kThreads = 32 * (kConsumerWarps + kProducerWarps);
   static constexpr int kParts = kHeadDim / 64, kPartBytes = kTileTokens * 128;
   static constexpr int kSlotBytes = kParts * kPartBytes;
-  static constexpr int kSlots = 160 * 1024 / kSlotBytes;
+  static constexpr int kSlots = (kBlocks == 2 ? 96 : 160) * 1024 / kSlotBytes;
   static_assert(kSlots % 2 == 0);  // K in even slots, V in odd ones
-  // Registers a thread at the start are those of 384 threads a multiprocessor, so that with one consumer warpgroup the
-  // merge's blocks find room beside ours.
-  static constexpr int kBoundThreads = 384, kConsumerRegisters = 200, kProducerRegisters = kWarpgroups == 2 ? 104 : 120;
+  // Registers a thread at the start are those of 384 threads a multiprocessor where one block with one warpgroup runs,
+  // so that the merge's blocks find room beside it.
+  static constexpr int kBoundThreads = kBlocks == 2 ? kThreads : 384;
+  static constexpr int kConsumerRegisters = kBlocks == 1 ? 200 : kHeadDim == 128 ? 176 : 144;
+  static constexpr int kProducerRegisters = kBlocks == 2 ? 256 - kConsumerRegisters : kWarpgroups == 2 ? 104 : 120;
 };
 
 // Items handed out beyond the first of each block, counted in the workspace, whose contents are unknown before a
@@ -75,8 +80,8 @@ struct WarpgroupArgs {
 template <class Shape>
 struct WarpgroupSmem {
   static constexpr int kQ = Shape::kSlots * Shape::kSlotBytes;  // the ring comes first
-  static constexpr int kPositions = kQ + Shape::kFragmentRows * Shape::kHeadDim * 2;
-  static constexpr int kFull = kPositions + Shape::kFragmentRows * int(sizeof(int));
+  static constexpr int kPositions = kQ + Shape::kQRows * Shape::kHeadDim * 2;
+  static constexpr int kFull = kPositions + Shape::kQRows * int(sizeof(int));
   static constexpr int kEmpty = kFull + Shape::kSlots * 8;
   static constexpr int kQFull = kEmpty + Shape::kSlots * 8, kQEmpty = kQFull + 8;
   static constexpr int kTags = kQEmpty + 8;
@@ -143,7 +148,7 @@ struct WarpgroupBlock {
       const int local = i / kRowChunks, chunk = i % kRowChunks, item_row = first + local;
       const int64_t at = (query0 + item_row / group) * p.q_stride_row +
                          (work.kv_head * group + item_row % group) * p.q_stride_head + chunk * 8;
-      cp_async16(swizzled(base + uint32_t(Smem::kQ + chunk / 8 * Shape::kFragmentRows * 128), local, 128, chunk % 8),
+      cp_async16(swizzled(base + uint32_t(Smem::kQ + chunk / 8 * Shape::kQRows * 128), local, 128, chunk % 8),
                  q_base + (local < rows ? at : 0), local < rows);
     }
 #pragma unroll 1
@@ -191,34 +196,32 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
     waited = true;
   };
 
+  // An item to come: this lane's box of the first batch. What else is known of it is looked up again when it begins,
+  // for registers are short.
   struct Plan {
-    int item, token0, tiles;
-    WorkItem work;
-    Granule boxes;  // this lane's, of the first batch
+    int item, v_offset;
+    const char* k;
   };
-  const auto locate = [&](const Plan& plan, int first) {
-    return Keys::granule(p, schedule.span[plan.work.unit], plan.work.request, plan.work.kv_head,
-                         plan.token0 + first * kTileTokens + lane * box_rows);
+  const auto locate = [&](const WorkItem& work, int token) {
+    return Keys::granule(p, schedule.span[work.unit], work.request, work.kv_head, token + lane * box_rows);
   };
   const auto look_up = [&](int item) {
-    Plan plan{};
-    plan.item = item;
+    Plan plan{item, 0, nullptr};
     if (item >= items) return plan;
-    plan.work = schedule.item(p, Shape::kRows, item);
-    const Span span = schedule.span[plan.work.unit];
-    plan.token0 = first_token(plan.work, span);
-    plan.tiles = (end_token(plan.work, span) - plan.token0 + kTileTokens - 1) / kTileTokens;
-    plan.boxes = locate(plan, 0);
+    const WorkItem work = schedule.item(p, Shape::kRows, item);
+    const Granule box = locate(work, first_token(work, schedule.span[work.unit]));
+    plan.k = box.k;
+    plan.v_offset = box.v_offset;
     return plan;
   };
 
   Plan plan = look_up(int(blockIdx.x));
   while (plan.item < items) {
-    const WorkItem work = plan.work;
+    const WorkItem work = schedule.item(p, Shape::kRows, plan.item);
     const Span span = schedule.span[work.unit];
-    const int tiles = plan.tiles;
-    const int settled_tokens =
-        p.cache_settled ? Keys::settled_end(span, schedule.first_pos[work.request]) - plan.token0 : 0;
+    const int token0 = first_token(work, span),
+              tiles = (end_token(work, span) - token0 + kTileTokens - 1) / kTileTokens;
+    const int settled_tokens = p.cache_settled ? Keys::settled_end(span, schedule.first_pos[work.request]) - token0 : 0;
     const int settled = max(settled_tokens, 0) / kTileTokens;
     // While the kernel before runs, as many tiles as the ring takes come first.
     const int tiles_before_q = min(waited ? 1 : Shape::kSlots / 2, tiles);
@@ -247,9 +250,13 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
     };
 
     for (int first = 0; first < tiles; first += batch) {
-      const Granule own = first == 0 ? plan.boxes : locate(plan, first);
-      const int box_token = plan.token0 + first * kTileTokens + lane * box_rows;
-      const uint64_t k = reinterpret_cast<uint64_t>(own.k), v = k + uint64_t(int64_t(own.v_offset));
+      if (first > 0) {
+        const Granule box = locate(work, token0 + first * kTileTokens);
+        plan.k = box.k;
+        plan.v_offset = box.v_offset;
+      }
+      const int box_token = token0 + first * kTileTokens + lane * box_rows;
+      const uint64_t k = reinterpret_cast<uint64_t>(plan.k), v = k + uint64_t(int64_t(plan.v_offset));
       const RowPlace k_place = row_place<Shape::kHeadDim>(k), v_place = row_place<Shape::kHeadDim>(v);
       const uint32_t good =
           __ballot_sync(kAll, Keys::readable(span, box_token / kTileTokens * kTileTokens) >= kTileTokens &&
@@ -269,7 +276,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
         for (int part = 0; part < 2; ++part) {  // K, then V
           mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
           const uint32_t slot = base + uint32_t(ring.slot * Shape::kSlotBytes), barrier = full + 8 * ring.slot;
-          if (!whole) copy_part_of_tile(work, span, plan.token0 + tile * kTileTokens, part, slot);
+          if (!whole) copy_part_of_tile(work, span, token0 + tile * kTileTokens, part, slot);
           if (lane == 0) {
             if (part == 0) tags[ring.slot] = plan.item;
             if (whole)
@@ -357,11 +364,11 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
       m[half].raw = negative_infinity();
       l[half] = 0.f;
     }
-    const int row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
+    const int row = (warp * 16 + lane / 8 % 2 * 8 + lane % 8) % Shape::kQRows;
 #pragma unroll
     for (int k = 0; k < kSteps; ++k)
-      ldmatrix_x4(q[k], swizzled(base + uint32_t(Smem::kQ + k / 4 * Shape::kFragmentRows * 128), row, 128,
-                                 k % 4 * 2 + lane / 16));
+      ldmatrix_x4(q[k],
+                  swizzled(base + uint32_t(Smem::kQ + k / 4 * Shape::kQRows * 128), row, 128, k % 4 * 2 + lane / 16));
     __syncwarp();
     if (lane == 0) mbarrier_arrive(base + Smem::kQEmpty);
 #pragma unroll
@@ -537,7 +544,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
 }
 
 template <class Keys, class Shape>
-__global__ void __launch_bounds__(Shape::kBoundThreads, 1)
+__global__ void __launch_bounds__(Shape::kBoundThreads, Shape::kBlocks)
     warpgroup_attention_kernel(const __grid_constant__ WarpgroupArgs<Keys> args) {
 #if VERICACHE_HAS_WGMMA
   WarpgroupBlock<Keys, Shape> block(args, dynamic_smem());
@@ -570,7 +577,7 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
            " requests leave no shared memory for the attention kernel; use fewer a batch.");
   const int group = p.q_heads / p.kv_heads;
   const int64_t bound = (int64_t(p.rows) * group / Shape::kRows + p.requests) * p.kv_heads * max_splits;
-  const int grid = int(std::min<int64_t>(info.multiprocessors, std::max<int64_t>(bound, 1)));
+  const int grid = int(std::min<int64_t>(info.multiprocessors * Shape::kBlocks, std::max<int64_t>(bound, 1)));
 
   const int64_t states = int64_t(p.rows) * p.q_heads * max_splits;
   const auto partial = PartialStates::at(p.workspace, states, Shape::kHeadDim);
