@@ -155,6 +155,64 @@ __global__ void __launch_bounds__(32 * kWarps)
   }
 }
 
+// The same sums by one warp a row and head, without a barrier: for so many of them that the chip is full anyway. Grid:
+// all rows and heads over kRowWarps.
+inline constexpr int kRowWarps = 4;
+template <int kHeadDim, class Runs>
+__global__ void __launch_bounds__(32 * kRowWarps)
+    merge_rows_kernel(const __grid_constant__ Runs runs, PartialStates partial, uint16_t* out, int rows, int q_heads) {
+  constexpr int kPer = kHeadDim / 32;
+  const int index = int(blockIdx.x) * kRowWarps + int(threadIdx.x) / 32, lane = threadIdx.x % 32;
+  const int row = index / q_heads, head = index % q_heads;
+  StateRun run;
+  let_next_kernel_start();  // as above
+  if (Runs::kFromInputs && row < rows) run = runs.states(row, head);
+  wait_for_previous_kernel();
+  if (row >= rows) return;
+  if constexpr (!Runs::kFromInputs) run = runs.states(row, head);
+
+  float largest = negative_infinity();
+  for (int s = run.begin + lane; s < run.end; s += 32)
+    largest = fmaxf(largest, partial.ml[run.first + int64_t(s) * run.stride].x);
+  for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  if (largest == negative_infinity()) largest = 0.f;
+
+  float sum_l = 0.f, sum_o[kPer] = {};
+  for (int begin = run.begin / kMergeGroup * kMergeGroup; begin < run.end; begin += kMergeGroup) {
+    float2 ml[kMergeGroup], values[kMergeGroup][kPer / 2];
+#pragma unroll
+    for (int i = 0; i < kMergeGroup; ++i) {
+      const int s = begin + i;
+      const bool mine = s >= run.begin && s < run.end;
+      const int64_t at = run.first + int64_t(s) * run.stride;
+      ml[i] = mine ? partial.ml[at] : make_float2(negative_infinity(), 0.f);
+#pragma unroll
+      for (int j = 0; j < kPer / 2; ++j)
+        values[i][j] = mine ? reinterpret_cast<const float2*>(partial.o + at * kHeadDim)[lane * (kPer / 2) + j]
+                            : make_float2(0.f, 0.f);
+    }
+    float l = 0.f, o[kPer] = {};
+#pragma unroll
+    for (int i = 0; i < kMergeGroup; ++i) {
+      const float weight = fast_exp2(__fsub_rn(ml[i].x, largest));
+      l = __fmaf_rn(ml[i].y, weight, l);
+#pragma unroll
+      for (int j = 0; j < kPer / 2; ++j) {
+        o[2 * j] = __fmaf_rn(values[i][j].x, weight, o[2 * j]);
+        o[2 * j + 1] = __fmaf_rn(values[i][j].y, weight, o[2 * j + 1]);
+      }
+    }
+    sum_l = __fadd_rn(sum_l, l);
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) sum_o[j] = __fadd_rn(sum_o[j], o[j]);
+  }
+  const bool any = sum_l > 0.f || sum_l != sum_l;
+  auto* to = reinterpret_cast<uint32_t*>(out + (int64_t(row) * q_heads + head) * kHeadDim) + lane * (kPer / 2);
+#pragma unroll
+  for (int j = 0; j < kPer / 2; ++j)
+    to[j] = pack_bf16(any ? __fdiv_rn(sum_o[2 * j], sum_l) : 0.f, any ? __fdiv_rn(sum_o[2 * j + 1], sum_l) : 0.f);
+}
+
 template <int kHeadDim, class Runs>
 void launch_merge(const Runs& runs, int splits, int rows, int q_heads, const PartialStates& partial, void* out,
                   const DeviceInfo& info, cudaStream_t stream) {
@@ -162,7 +220,11 @@ void launch_merge(const Runs& runs, int splits, int rows, int q_heads, const Par
     launch(kernel, {dim3(unsigned(q_heads), unsigned(rows)), dim3(unsigned(32 * warps))}, info, stream, runs, partial,
            static_cast<uint16_t*>(out));
   };
-  if (merge_warps(splits) == 4)
+  const int64_t all = int64_t(rows) * q_heads;
+  if (all >= int64_t(kRowWarps) * 8 * info.multiprocessors)
+    launch(merge_rows_kernel<kHeadDim, Runs>, {dim3(unsigned((all + kRowWarps - 1) / kRowWarps)), dim3(32 * kRowWarps)},
+           info, stream, runs, partial, static_cast<uint16_t*>(out), rows, q_heads);
+  else if (merge_warps(splits) == 4)
     with(merge_states_kernel<kHeadDim, 4, Runs>, 4);
   else
     with(merge_states_kernel<kHeadDim, 8, Runs>, 8);
