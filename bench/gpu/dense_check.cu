@@ -312,15 +312,23 @@ void quantize_checks(Report& report, DType dtype) {
     int pages, kv_heads, head_dim, page_size, group;
   };
   for (const Case& c :
-       {Case{3, 2, 128, 64, 32}, Case{2, 8, 64, 32, 32}, Case{5, 1, 128, 16, 16}, Case{1, 2, 256, 128, 64}}) {
+       {Case{3, 2, 128, 64, 32}, Case{2, 8, 64, 32, 32}, Case{5, 1, 128, 16, 16}, Case{1, 2, 256, 128, 64},
+        Case{2, 3, 64, 128, 64}, Case{2, 5, 256, 32, 16}, Case{1, 3, 128, 256, 128}}) {
     for (const int bits : {2, 4, 8}) {
       const size_t full_elems = size_t(2) * c.kv_heads * c.page_size * c.head_dim;
       const auto layout = QuantPageLayout::make(c.kv_heads, c.page_size, c.head_dim, bits, c.group, sizeof(T));
       const Buffer full = random_buffer<T>(full_elems * c.pages, 51), quant(layout.page_bytes * c.pages);
       const Buffer back(full.bytes());
       auto host_full = full.to_host<H>();
-      // A constant group, a NaN and an infinity.
+      // Ties in the first half of the keys, a constant group, one of -0, one of both zeros, a NaN and an infinity.
+      for (size_t i = 0; i < full_elems / 4; ++i)
+        host_full[i] = from_float<H>(std::round(to_float(host_full[i]) * 4.0f) / 4.0f);
       for (int i = 0; i < c.group; ++i) host_full[size_t(i) * c.head_dim + 3] = host_full[3];
+      for (int i = 0; i < c.group; ++i) {
+        host_full[size_t(i) * c.head_dim + 17] = from_float<H>(-0.0f);
+        host_full[size_t(i) * c.head_dim + 18] = from_float<H>(i % 2 ? -0.0f : 0.0f);
+        host_full[full_elems - 1 - size_t(i)] = from_float<H>(-0.0f);
+      }
       host_full[5] = from_float<H>(std::numeric_limits<float>::quiet_NaN());
       host_full[full_elems / 2 + 9] = from_float<H>(std::numeric_limits<float>::infinity());
       VC_CUDA_CHECK(cudaMemcpy(full.get(), host_full.data(), full.bytes(), cudaMemcpyHostToDevice));
