@@ -302,7 +302,7 @@ template <int kBits, int kPacks, int kRow>
 __global__ void __launch_bounds__(kThreads, kQuickBlocks)
     quantize_quick(const __grid_constant__ QuantizeParams p, const __grid_constant__ QuantPageLayout layout) {
   using T = __nv_bfloat16;
-  constexpr int kDim = kRow * kPack, kGroup = kThreads * kPacks / kRow, kGroups = kDim / kGroup;
+  constexpr int kDim = kRow * kPack, kGroup = kThreads * kPacks / kRow;
   constexpr int kMembers = kGroup / kPack;  // packs a group of values
   constexpr int kSlices = kThreads / kRow;  // threads with the same channels
   constexpr int kRowBytes = kDim * kBits / 8;
@@ -365,7 +365,7 @@ __global__ void __launch_bounds__(kThreads, kQuickBlocks)
     blob.k_zero[run * kDim + channel] = from_float<T>(steps.zero);
   }
 #pragma unroll
-  for (int t = thread; t < kDim; t += kThreads) {  // group t % kGroups of row t / kGroups
+  for (int t = thread; t < kDim; t += kThreads) {  // groups by token, then by channel
     uint32_t extent = v_extents[t * kMembers];
 #pragma unroll
     for (int i = 1; i < kMembers; ++i) extent = min_pair(extent, v_extents[t * kMembers + i]);
