@@ -22,19 +22,20 @@ from pathlib import Path
 from typing import Any
 
 from bench._env import ROOT, environment
-from bench.gpu_programs import FAMILIES, build, check, run, say
+from bench.gpu_programs import FAMILIES, build, check, figure, met, run, say
 
 BASELINES = {"attention": "bench.gpu.cudnn_baseline", "dense": "bench.gpu.cublas_baseline"}
 ATTENTION_SHAPES = ("8x4K", "8x32K", "8x128K", "1x32K", "1x128K")
 DRAFT_BARS = {"kept 0.25": 0.30, "int8": 0.60, "int4": 0.36, "int2": 0.26}
+CODEC_PATHS = ("from pinned, blocks=0", "staged")
 LINEAR_SHAPES = ((6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (128256, 4096))
 
 
-def times(path: Path) -> dict[str, float]:
-    """Name -> microseconds, from a benchmark's JSON."""
+def read(path: Path, field: str) -> dict[str, float]:
+    """Name -> microseconds ("us"), rate ("gb_s") or another figure ("value"), from a benchmark's JSON."""
     data = json.loads(path.read_text())
     rows = data["results"] if isinstance(data, dict) else data
-    return {" ".join(row["name"].split()): row["us"] for row in rows}
+    return {" ".join(row["name"].split()): row[field] for row in rows if field in row}
 
 
 def attention_bars(ours: dict[str, float], cudnn: dict[str, float]) -> list[dict[str, Any]]:
@@ -71,6 +72,29 @@ def dense_bars(ours: dict[str, float], cublas: dict[str, float]) -> list[dict[st
     return rows
 
 
+def rate_bars(us: dict[str, float], gb_s: dict[str, float], values: dict[str, float]) -> list[dict[str, Any]]:
+    """What moves bytes: quantize and gather against the copy kernel, unpack against the link's copy and a rate."""
+    rows: list[dict[str, Any]] = []
+
+    def add(what: str, name: str, against: str, yardstick: float | None, bar: float, unit: str = "x") -> None:
+        if yardstick and name in gb_s:
+            rows.append({"what": what, "against": against, "us": us[name], "ratio": gb_s[name] / yardstick,
+                         "bar": bar, "least": True, "unit": unit})  # fmt: skip
+
+    copy, link = (
+        gb_s.get(name) for name in ("copy kernel 1 GiB, read + written", "plain copy from pinned, bytes of output")
+    )
+    for name in ("kv_quantize bits=8", "kv_quantize bits=4", "kv_quantize bits=2", "gather_tokens ratio=0.25"):
+        add(name, name, "copy kernel, rate", copy, 0.7)
+    for path in CODEC_PATHS:
+        add(f"bf16_unpack {path}", f"bf16_unpack {path}, bytes of output", "plain copy, rate of output", link, 1.2)
+    add("bf16_unpack from HBM", "bf16_unpack from HBM, bytes of output", "rate of output", 1000, 2.0, " TB/s")
+    if bits := values.get("bf16_pack bits an element"):
+        rows.append({"what": "bf16_pack, normal distribution", "against": "bits an element", "us": None,
+                     "ratio": bits, "bar": 12.2, "unit": " bits"})  # fmt: skip
+    return rows
+
+
 def measure(family: str, folder: Path, work: Path) -> dict[str, Any]:
     """Checks and, if they pass, times one family."""
     result = check(family, folder, work)
@@ -79,9 +103,13 @@ def measure(family: str, folder: Path, work: Path) -> dict[str, Any]:
     bench, baseline = work / f"{family}_bench.json", work / f"{family}_baseline.json"
     run([str(folder / f"{family}_bench"), str(bench)], work / f"{family}_bench.log")
     run([sys.executable, "-m", BASELINES[family], str(baseline)], work / f"{family}_baseline.log", cwd=ROOT)
-    ours, theirs = times(bench), times(baseline)
+    ours, theirs = read(bench, "us"), read(baseline, "us")
     result["us"], result["baseline_us"] = ours, theirs
-    result["bars"] = (attention_bars if family == "attention" else dense_bars)(ours, theirs)
+    if family == "attention":
+        result["bars"] = attention_bars(ours, theirs)
+    else:
+        result["gb_s"], result["values"] = read(bench, "gb_s"), read(bench, "value")
+        result["bars"] = dense_bars(ours, theirs) + rate_bars(ours, result["gb_s"], result["values"])
     return result
 
 
@@ -108,9 +136,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(family, result[family])
         failed += bool(result[family]["check_exit_code"])
         for row in result[family].get("bars", []):
-            verdict = "ok  " if row["ratio"] <= row["bar"] else "over"
             us = "" if row["us"] is None else f"{row['us']:9.1f} us"
-            print(f"  {verdict} {row['what']:30} {us:12} {row['ratio']:.3f}x {row['against']} (bar {row['bar']:.2f})")
+            ratio, bar = figure(row, "ratio", 3), figure(row, "bar")
+            print(f"  {'ok ' if met(row) else 'NOT'} {row['what']:33} {us:12} {ratio} {row['against']} (bar: {bar})")
     return int(failed > 0)
 
 

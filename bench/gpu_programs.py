@@ -61,6 +61,17 @@ def entries(path: Path) -> list[dict[str, Any]]:
     return [json.loads(entry) for entry in entries if entry.rstrip().endswith("}")]
 
 
+def met(row: Mapping[str, Any]) -> bool:
+    """Whether a figure holds its bar: an upper bound, a lower one where the row says "least"."""
+    return bool(row["ratio"] >= row["bar"] if row.get("least") else row["ratio"] <= row["bar"])
+
+
+def figure(row: Mapping[str, Any], key: str, digits: int = 2) -> str:
+    """Writes a row's "ratio" or "bar" with its unit."""
+    bound = "at least " if key == "bar" and row.get("least") else ""
+    return f"{bound}{row[key]:.{digits}f}{row.get('unit', 'x')}"
+
+
 def say(family: str, result: Mapping[str, Any]) -> None:
     """Prints how many checks passed, and each that did not."""
     bad = [c for c in result["checks"] if not c["ok"]]

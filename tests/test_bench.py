@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from torch import Tensor
 
-from bench import decode_step, gpu_checks, gpu_programs, tables
+from bench import decode_step, gpu_checks, gpu_kernels, gpu_programs, tables
 from bench.kernel_trace import short
 from vericache.models import llama
 
@@ -46,6 +46,30 @@ def test_entries_of_a_killed_check(tmp_path: Path) -> None:
     path.write_text('[\n  {"check": "a", "ok": true, "detail": "b, c"},\n  {"che')
     assert [entry["check"] for entry in gpu_programs.entries(path)] == ["a"]
     assert gpu_programs.entries(tmp_path / "none") == []
+
+
+def test_bars_from_below_and_above() -> None:
+    rates = {
+        "copy kernel 1 GiB, read + written": 4000.0,
+        "kv_quantize bits=2": 2799.0,
+        "plain copy from pinned, bytes of output": 50.0,
+        "bf16_unpack staged, bytes of output": 60.0,
+        "bf16_unpack from HBM, bytes of output": 1990.0,
+    }
+    bars = gpu_kernels.rate_bars(dict.fromkeys(rates, 1.0), rates, {"bf16_pack bits an element": 12.06})
+    said = {row["what"]: (gpu_programs.met(row), gpu_programs.figure(row, "ratio")) for row in bars}
+    assert said == {
+        "kv_quantize bits=2": (False, "0.70x"),
+        "bf16_unpack staged": (True, "1.20x"),
+        "bf16_unpack from HBM": (False, "1.99 TB/s"),
+        "bf16_pack, normal distribution": (True, "12.06 bits"),
+    }
+    assert [gpu_programs.figure(row, "bar") for row in bars] == [
+        "at least 0.70x", "at least 1.20x", "at least 2.00 TB/s", "12.20 bits"
+    ]  # fmt: skip
+    environment = {"gpu": "none", "torch": "", "python": "", "commit": "", "date": "", "command": ""}
+    table = tables.kernels({"dense": {"bars": bars}, "environment": environment})
+    assert "| bf16_unpack staged | 1.0 | plain copy, rate of output | 1.20x | at least 1.20x | yes |" in table
 
 
 def test_bitwise_table() -> None:

@@ -155,15 +155,11 @@ void page_times(Report& report) {
   const int kv_heads = 8, head_dim = 128, page_size = 64, group = 32, pages = 2048;  // 512 MiB of full pages
   const size_t full_bytes = size_t(2) * kv_heads * page_size * head_dim * 2;
   const Buffer full = random_buffer<__nv_bfloat16>(full_bytes / 2 * pages, 1);
-  std::vector<int64_t> full_table(pages);
-  for (int i = 0; i < pages; ++i) full_table[i] = full.address() + int64_t(i * full_bytes);
-  const Buffer t_full = upload(full_table);
+  const Buffer t_full = upload(page_table(full.get(), int64_t(full_bytes), pages));
   for (const int bits : {8, 4, 2}) {
     const auto layout = QuantPageLayout::make(kv_heads, page_size, head_dim, bits, group, 2);
     const Buffer quant(size_t(layout.page_bytes) * pages);
-    std::vector<int64_t> quant_table(pages);
-    for (int i = 0; i < pages; ++i) quant_table[i] = quant.address() + i * layout.page_bytes;
-    const Buffer t_quant = upload(quant_table);
+    const Buffer t_quant = upload(page_table(quant.get(), layout.page_bytes, pages));
     const QuantizeParams p{
         t_full.get<int64_t>(), t_quant.get<int64_t>(), pages, kv_heads, head_dim, page_size, bits, group,
         DType::kBFloat16};
@@ -176,12 +172,11 @@ void page_times(Report& report) {
   const int capacity = pages * page_size / 4, head_pages = capacity / page_size;
   const size_t head_bytes = size_t(2) * page_size * head_dim * 2;
   const Buffer heads(head_bytes * kv_heads * head_pages);
-  std::vector<int64_t> head_table(size_t(kv_heads) * head_pages);
-  for (size_t i = 0; i < head_table.size(); ++i) head_table[i] = heads.address() + int64_t(i * head_bytes);
   std::vector<int32_t> positions(size_t(kv_heads) * capacity), counts(kv_heads, capacity);
   for (int h = 0; h < kv_heads; ++h)
     for (int i = 0; i < capacity; ++i) positions[size_t(h) * capacity + i] = 4 * i + int(hash32(h * 977 + i) % 4);
-  const Buffer t_heads = upload(head_table), t_pos = upload(positions), t_counts = upload(counts);
+  const Buffer t_heads = upload(page_table(heads.get(), int64_t(head_bytes), int64_t(kv_heads) * head_pages)),
+               t_pos = upload(positions), t_counts = upload(counts);
   const TokenMoveParams p{t_full.get<int64_t>(),
                           t_heads.get<int64_t>(),
                           t_pos.get<int32_t>(),
@@ -202,50 +197,118 @@ void page_times(Report& report) {
               bytes, bytes / g_copy_rate);
 }
 
+// Time of an unpack whose packed pages come through a ring in device memory: the copy engine brings `chunk` pages at a
+// time, and a kernel unpacks each chunk while the next arrives. Page i is at pinned + at[i].
+double time_staged(const Bf16PackParams& pages, const uint8_t* pinned, const std::vector<int64_t>& at, int chunk) {
+  constexpr int kSlots = 3, kWarmups = 3, kRuns = 7;
+  const int count = pages.pages;
+  int64_t slot_bytes = 0;
+  for (int i = 0; i < count; i += chunk) slot_bytes = std::max(slot_bytes, at[std::min(count, i + chunk)] - at[i]);
+  const Buffer ring(size_t(slot_bytes) * kSlots);
+  std::vector<int64_t> table(count);
+  for (int i = 0; i < count; ++i)
+    table[i] = ring.address() + slot_bytes * (i / chunk % kSlots) + at[i] - at[i / chunk * chunk];
+  const Buffer t_ring = upload(table);
+  cudaStream_t copy, compute;
+  VC_CUDA_CHECK(cudaStreamCreateWithFlags(&copy, cudaStreamNonBlocking));
+  VC_CUDA_CHECK(cudaStreamCreateWithFlags(&compute, cudaStreamNonBlocking));
+  cudaEvent_t start, stop, ready[kSlots], released[kSlots];
+  VC_CUDA_CHECK(cudaEventCreate(&start));
+  VC_CUDA_CHECK(cudaEventCreate(&stop));
+  for (int s = 0; s < kSlots; ++s) {
+    VC_CUDA_CHECK(cudaEventCreateWithFlags(&ready[s], cudaEventDisableTiming));
+    VC_CUDA_CHECK(cudaEventCreateWithFlags(&released[s], cudaEventDisableTiming));
+  }
+  std::vector<double> times;
+  for (int r = 0; r < kWarmups + kRuns; ++r) {
+    VC_CUDA_CHECK(cudaDeviceSynchronize());
+    VC_CUDA_CHECK(cudaEventRecord(start, compute));
+    VC_CUDA_CHECK(cudaStreamWaitEvent(copy, start, 0));
+    for (int first = 0; first < count; first += chunk) {
+      const int s = first / chunk % kSlots, last = std::min(count, first + chunk);
+      if (first >= kSlots * chunk) VC_CUDA_CHECK(cudaStreamWaitEvent(copy, released[s], 0));
+      VC_CUDA_CHECK(cudaMemcpyAsync(ring.get<uint8_t>() + slot_bytes * s, pinned + at[first],
+                                    size_t(at[last] - at[first]), cudaMemcpyHostToDevice, copy));
+      VC_CUDA_CHECK(cudaEventRecord(ready[s], copy));
+      VC_CUDA_CHECK(cudaStreamWaitEvent(compute, ready[s], 0));
+      Bf16PackParams p = pages;
+      p.raw_pages += first, p.packed_pages = t_ring.get<int64_t>() + first, p.pages = last - first;
+      cuda::bf16_unpack(p, compute);
+      VC_CUDA_CHECK(cudaEventRecord(released[s], compute));
+    }
+    VC_CUDA_CHECK(cudaEventRecord(stop, compute));
+    VC_CUDA_CHECK(cudaEventSynchronize(stop));
+    float ms = 0;
+    VC_CUDA_CHECK(cudaEventElapsedTime(&ms, start, stop));
+    if (r >= kWarmups) times.push_back(ms * 1000.0);
+  }
+  for (int s = 0; s < kSlots; ++s) {
+    VC_CUDA_CHECK(cudaEventDestroy(ready[s]));
+    VC_CUDA_CHECK(cudaEventDestroy(released[s]));
+  }
+  VC_CUDA_CHECK(cudaEventDestroy(start));
+  VC_CUDA_CHECK(cudaEventDestroy(stop));
+  VC_CUDA_CHECK(cudaStreamDestroy(copy));
+  VC_CUDA_CHECK(cudaStreamDestroy(compute));
+  return median(std::move(times));
+}
+
+// Unpack from pinned host memory, where packed pages lie as closely as their alignment lets them, against a plain copy
+// of the raw bytes. Only what came out right is timed.
+void codec_link_times(Report& report, const Buffer& raw, const Buffer& packed, size_t room,
+                      const std::vector<int64_t>& packed_bytes, int64_t elems) {
+  constexpr int kPages = 512, kChunkPages = 40;  // chunks of 7.9 MB
+  const size_t raw_bytes = size_t(elems) * 2 * kPages;
+  std::vector<int64_t> at(kPages + 1), table(kPages);
+  for (int i = 0; i < kPages; ++i) at[i + 1] = at[i] + (packed_bytes[i] + 127) / 128 * 128;
+  const Pinned pinned{size_t(at[kPages])}, pinned_raw(raw_bytes);
+  for (int i = 0; i < kPages; ++i) {
+    table[i] = reinterpret_cast<int64_t>(pinned.get() + at[i]);
+    VC_CUDA_CHECK(cudaMemcpy(pinned.get() + at[i], packed.get<uint8_t>() + i * room, size_t(packed_bytes[i]),
+                             cudaMemcpyDeviceToHost));
+  }
+  VC_CUDA_CHECK(cudaMemcpy(pinned_raw.get(), raw.get(), raw_bytes, cudaMemcpyDeviceToHost));
+  const Buffer back(raw_bytes), t_pinned = upload(table), t_back = upload(page_table(back.get(), elems * 2, kPages));
+  const double copy_us = time_graph(1, 5, [&](int, cudaStream_t s) {
+    VC_CUDA_CHECK(cudaMemcpyAsync(back.get(), pinned_raw.get(), raw_bytes, cudaMemcpyHostToDevice, s));
+  });
+  report.time("plain copy from pinned, bytes of output", copy_us, double(raw_bytes), copy_us);
+  const double floor_us = copy_us * double(at[kPages]) / double(raw_bytes);
+  const auto time_path = [&](const std::string& name, const std::function<double()>& unpack) {
+    back.poison();
+    const double us = unpack();
+    VC_CHECK(differences(raw.get(), back.get(), nullptr, kPages, elems * 2) == 0, name, ": the output differs.");
+    report.time(text("bf16_unpack ", name, ", bytes of output"), us, double(raw_bytes), floor_us);
+  };
+  Bf16PackParams p{t_back.get<int64_t>(), t_pinned.get<int64_t>(), nullptr, elems, kPages, 0};
+  for (const int blocks : {16, 32, 64, 0}) {
+    p.max_blocks = blocks;
+    time_path(text("from pinned, blocks=", blocks),
+              [&] { return time_graph(1, 5, [&](int, cudaStream_t s) { cuda::bf16_unpack(p, s); }); });
+  }
+  time_path("staged", [&] { return time_staged(p, pinned.get(), at, kChunkPages); });
+}
+
 void codec_times(Report& report) {
   const int64_t elems = 2 * 8 * 64 * 128;
   const int pages = 2048;
   const auto layout = Bf16PackLayout::make(elems);
   const size_t room = size_t(layout.max_bytes + 127) / 128 * 128;
   const Buffer raw = random_buffer<__nv_bfloat16>(size_t(elems) * pages, 1), packed(room * pages), bytes(pages * 8);
-  std::vector<int64_t> raw_table(pages), packed_table(pages);
-  for (int i = 0; i < pages; ++i) {
-    raw_table[i] = raw.address() + i * elems * 2;
-    packed_table[i] = packed.address() + int64_t(i * room);
-  }
-  const Buffer t_raw = upload(raw_table), t_packed = upload(packed_table);
-  Bf16PackParams p{t_raw.get<int64_t>(), t_packed.get<int64_t>(), bytes.get<int64_t>(), elems, pages, 0};
+  const Buffer t_raw = upload(page_table(raw.get(), elems * 2, pages));
+  const Buffer t_packed = upload(page_table(packed.get(), int64_t(room), pages));
+  const Bf16PackParams p{t_raw.get<int64_t>(), t_packed.get<int64_t>(), bytes.get<int64_t>(), elems, pages, 0};
   const double raw_bytes = 2.0 * double(elems) * pages;
   const double pack_us = time_graph(3, 7, [&](int, cudaStream_t s) { cuda::bf16_pack(p, s); });
+  const auto page_bytes = bytes.to_host<int64_t>();
   double packed_bytes = 0;
-  for (const int64_t b : bytes.to_host<int64_t>()) packed_bytes += double(b);
+  for (const int64_t b : page_bytes) packed_bytes += double(b);
+  report.value("bf16_pack bits an element", 8 * packed_bytes / (double(elems) * pages));
   report.time("bf16_pack", pack_us, raw_bytes + packed_bytes, (raw_bytes + packed_bytes) / g_copy_rate);
+  codec_link_times(report, raw, packed, room, page_bytes, elems);
   const double us = time_graph(3, 7, [&](int, cudaStream_t s) { cuda::bf16_unpack(p, s); });
   report.time("bf16_unpack from HBM", us, raw_bytes + packed_bytes, (raw_bytes + packed_bytes) / g_copy_rate);
   report.time("bf16_unpack from HBM, bytes of output", us, raw_bytes, (raw_bytes + packed_bytes) / g_copy_rate);
-
-  // From pinned host memory, against a plain copy of the raw bytes.
-  const int some = 256;
-  const double some_bytes = 2.0 * double(elems) * some;
-  void *pinned_packed = nullptr, *pinned_raw = nullptr;
-  VC_CUDA_CHECK(cudaMallocHost(&pinned_packed, room * some));
-  VC_CUDA_CHECK(cudaMallocHost(&pinned_raw, size_t(some_bytes)));
-  VC_CUDA_CHECK(cudaMemcpy(pinned_packed, packed.get(), room * some, cudaMemcpyDeviceToHost));
-  VC_CUDA_CHECK(cudaMemcpy(pinned_raw, raw.get(), size_t(some_bytes), cudaMemcpyDeviceToHost));
-  for (int i = 0; i < some; ++i) packed_table[i] = reinterpret_cast<int64_t>(pinned_packed) + int64_t(i * room);
-  const Buffer t_pinned = upload(packed_table);
-  const double copy_us = time_graph(1, 5, [&](int, cudaStream_t s) {
-    VC_CUDA_CHECK(cudaMemcpyAsync(raw.get(), pinned_raw, size_t(some_bytes), cudaMemcpyHostToDevice, s));
-  });
-  report.time("plain copy from pinned, bytes of output", copy_us, some_bytes, copy_us);
-  p.packed_pages = t_pinned.get<int64_t>(), p.pages = some;
-  for (const int blocks : {16, 32, 64, 0}) {
-    p.max_blocks = blocks;
-    report.time(text("bf16_unpack from pinned, blocks=", blocks, ", bytes of output"),
-                time_graph(1, 5, [&](int, cudaStream_t s) { cuda::bf16_unpack(p, s); }), some_bytes, 0.754 * copy_us);
-  }
-  VC_CUDA_CHECK(cudaFreeHost(pinned_packed));
-  VC_CUDA_CHECK(cudaFreeHost(pinned_raw));
 }
 
 int run(const std::string& path) {

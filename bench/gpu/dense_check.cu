@@ -312,31 +312,35 @@ void quantize_checks(Report& report, DType dtype) {
     int pages, kv_heads, head_dim, page_size, group;
   };
   for (const Case& c :
-       {Case{3, 2, 128, 64, 32}, Case{2, 8, 64, 32, 32}, Case{5, 1, 128, 16, 16}, Case{1, 2, 256, 128, 64}}) {
+       {Case{3, 2, 128, 64, 32}, Case{2, 8, 64, 32, 32}, Case{5, 1, 128, 16, 16}, Case{1, 2, 256, 128, 64},
+        Case{2, 3, 64, 128, 64}, Case{2, 5, 256, 32, 16}, Case{1, 3, 128, 256, 128}}) {
     for (const int bits : {2, 4, 8}) {
       const size_t full_elems = size_t(2) * c.kv_heads * c.page_size * c.head_dim;
       const auto layout = QuantPageLayout::make(c.kv_heads, c.page_size, c.head_dim, bits, c.group, sizeof(T));
       const Buffer full = random_buffer<T>(full_elems * c.pages, 51), quant(layout.page_bytes * c.pages);
       const Buffer back(full.bytes());
       auto host_full = full.to_host<H>();
-      // A constant group, a NaN and an infinity.
+      // Ties in the first half of the keys, a constant group, one of -0, one of both zeros, a NaN and an infinity.
+      for (size_t i = 0; i < full_elems / 4; ++i)
+        host_full[i] = from_float<H>(std::round(to_float(host_full[i]) * 4.0f) / 4.0f);
       for (int i = 0; i < c.group; ++i) host_full[size_t(i) * c.head_dim + 3] = host_full[3];
+      for (int i = 0; i < c.group; ++i) {
+        host_full[size_t(i) * c.head_dim + 17] = from_float<H>(-0.0f);
+        host_full[size_t(i) * c.head_dim + 18] = from_float<H>(i % 2 ? -0.0f : 0.0f);
+        host_full[full_elems - 1 - size_t(i)] = from_float<H>(-0.0f);
+      }
       host_full[5] = from_float<H>(std::numeric_limits<float>::quiet_NaN());
       host_full[full_elems / 2 + 9] = from_float<H>(std::numeric_limits<float>::infinity());
       VC_CUDA_CHECK(cudaMemcpy(full.get(), host_full.data(), full.bytes(), cudaMemcpyHostToDevice));
       std::vector<uint8_t> host_quant(layout.page_bytes * c.pages);
       std::vector<H> host_back(host_full.size());
-      std::vector<int64_t> d_full(c.pages), d_quant(c.pages), d_back(c.pages), h_full(c.pages), h_quant(c.pages),
-          h_back(c.pages);
-      for (int i = 0; i < c.pages; ++i) {
-        d_full[i] = full.address() + int64_t(i * full_elems * sizeof(T));
-        d_back[i] = back.address() + int64_t(i * full_elems * sizeof(T));
-        d_quant[i] = quant.address() + i * layout.page_bytes;
-        h_full[i] = reinterpret_cast<int64_t>(host_full.data() + i * full_elems);
-        h_back[i] = reinterpret_cast<int64_t>(host_back.data() + i * full_elems);
-        h_quant[i] = reinterpret_cast<int64_t>(host_quant.data() + i * layout.page_bytes);
-      }
-      const Buffer t_full = upload(d_full), t_quant = upload(d_quant), t_back = upload(d_back);
+      const auto full_table = [&](const void* first) {
+        return page_table(first, int64_t(full_elems * sizeof(T)), c.pages);
+      };
+      const auto h_full = full_table(host_full.data()), h_back = full_table(host_back.data());
+      const auto h_quant = page_table(host_quant.data(), layout.page_bytes, c.pages);
+      const Buffer t_full = upload(full_table(full.get())), t_back = upload(full_table(back.get()));
+      const Buffer t_quant = upload(page_table(quant.get(), layout.page_bytes, c.pages));
       quant.poison(), back.poison();
       QuantizeParams p{t_full.get<int64_t>(),
                        t_quant.get<int64_t>(),
@@ -389,17 +393,14 @@ void token_move_checks(Report& report, DType dtype) {
     std::shuffle(all.begin(), all.end(), rng);
     std::copy_n(all.begin(), capacity, positions.begin() + h * capacity);
   }
-  std::vector<int64_t> d_pages(pages), h_pages(pages), d_heads(kv_heads * head_pages), h_heads(kv_heads * head_pages);
-  for (int i = 0; i < pages; ++i) {
-    d_pages[i] = full.address() + int64_t(i * full_elems * sizeof(T));
-    h_pages[i] = reinterpret_cast<int64_t>(host_full.data() + i * full_elems);
-  }
-  for (int i = 0; i < kv_heads * head_pages; ++i) {
-    d_heads[i] = heads.address() + int64_t(i * head_elems * sizeof(T));
-    h_heads[i] = reinterpret_cast<int64_t>(host_heads.data() + i * head_elems);
-  }
-  const Buffer t_pages = upload(d_pages), t_heads = upload(d_heads), t_pos = upload(positions),
-               t_counts = upload(counts);
+  const auto full_table = [&](const void* first) { return page_table(first, int64_t(full_elems * sizeof(T)), pages); };
+  const auto head_table = [&](const void* first) {
+    return page_table(first, int64_t(head_elems * sizeof(T)), kv_heads * head_pages);
+  };
+  auto h_pages = full_table(host_full.data());
+  const auto h_heads = head_table(host_heads.data());
+  const Buffer t_pages = upload(full_table(full.get())), t_heads = upload(head_table(heads.get()));
+  const Buffer t_pos = upload(positions), t_counts = upload(counts);
   heads.poison();
   TokenMoveParams p{t_pages.get<int64_t>(),
                     t_heads.get<int64_t>(),
@@ -424,7 +425,8 @@ void token_move_checks(Report& report, DType dtype) {
   // Scatter into poisoned pages, on both sides.
   full.poison();
   std::memset(host_back.data(), 0xff, host_back.size() * sizeof(H));
-  for (int i = 0; i < pages; ++i) h_pages[i] = reinterpret_cast<int64_t>(host_back.data() + i * full_elems);
+  h_pages = full_table(host_back.data());
+  q.page_table = h_pages.data();
   cuda::scatter_tokens(p, nullptr);
   cpu::scatter_tokens(q);
   const auto back = full.to_host<H>();
@@ -465,18 +467,15 @@ void codec_checks(Report& report) {
       const auto host = codec_values(kind, elems * pages, rng);
       const size_t room = size_t(layout.max_bytes + 15) / 16 * 16;
       std::vector<uint8_t> want(room * pages);
-      std::vector<int64_t> want_bytes(pages), h_raw(pages), h_packed(pages), d_raw(pages), d_packed(pages),
-          d_back(pages);
+      std::vector<int64_t> want_bytes(pages);
       const Buffer raw = upload(host), packed(room * pages), back(elems * pages * 2), bytes(pages * 8);
-      for (int i = 0; i < pages; ++i) {
-        h_raw[i] = reinterpret_cast<int64_t>(host.data() + i * elems);
-        h_packed[i] = reinterpret_cast<int64_t>(want.data() + i * room);
-        d_raw[i] = raw.address() + i * elems * 2;
-        d_back[i] = back.address() + i * elems * 2;
-        d_packed[i] = packed.address() + int64_t(i * room);
-      }
+      const auto raw_table = [&](const void* first) { return page_table(first, elems * 2, pages); };
+      const auto packed_table = [&](const void* first) { return page_table(first, int64_t(room), pages); };
+      auto h_raw = raw_table(host.data());
+      const auto h_packed = packed_table(want.data());
       cpu::bf16_pack({h_raw.data(), h_packed.data(), want_bytes.data(), elems, pages, 0});
-      const Buffer t_raw = upload(d_raw), t_packed = upload(d_packed), t_back = upload(d_back);
+      const Buffer t_raw = upload(raw_table(raw.get())), t_back = upload(raw_table(back.get()));
+      const Buffer t_packed = upload(packed_table(packed.get()));
       packed.poison(), back.poison(), bytes.poison();
       cuda::bf16_pack({t_raw.get<int64_t>(), t_packed.get<int64_t>(), bytes.get<int64_t>(), elems, pages, 0}, nullptr);
       cuda::bf16_unpack({t_back.get<int64_t>(), t_packed.get<int64_t>(), nullptr, elems, pages, cases % 2 ? 2 : 0},
@@ -489,18 +488,15 @@ void codec_checks(Report& report) {
                         std::memcmp(got.data() + i * room, want.data() + i * room, size_t(want_bytes[i])) != 0;
       // The CPU's way back, and the GPU's from pinned host memory.
       std::vector<uint16_t> again(host.size());
-      for (int i = 0; i < pages; ++i) h_raw[i] = reinterpret_cast<int64_t>(again.data() + i * elems);
+      h_raw = raw_table(again.data());
       cpu::bf16_unpack({h_raw.data(), h_packed.data(), nullptr, elems, pages, 0});
       values_differ += again != host;
-      void* pinned = nullptr;
-      VC_CUDA_CHECK(cudaMallocHost(&pinned, want.size()));
-      std::memcpy(pinned, want.data(), want.size());
-      for (int i = 0; i < pages; ++i) d_packed[i] = reinterpret_cast<int64_t>(pinned) + int64_t(i * room);
-      const Buffer t_pinned = upload(d_packed);
+      const Pinned pinned(want.size());
+      std::memcpy(pinned.get(), want.data(), want.size());
+      const Buffer t_pinned = upload(packed_table(pinned.get()));
       back.poison();
       cuda::bf16_unpack({t_back.get<int64_t>(), t_pinned.get<int64_t>(), nullptr, elems, pages, 0}, nullptr);
       values_differ += back.to_host<uint16_t>() != host;
-      VC_CUDA_CHECK(cudaFreeHost(pinned));
       if (std::string(kind) == "normal" && elems == 65536) normal_bits = 8.0 * double(want_bytes[0]) / double(elems);
       ++cases;
     }

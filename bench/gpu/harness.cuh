@@ -55,6 +55,26 @@ Buffer upload(const std::vector<T>& host) {
   return b;
 }
 
+// Pinned host memory.
+class Pinned {
+ public:
+  explicit Pinned(size_t bytes) { VC_CUDA_CHECK(cudaMallocHost(&data_, std::max<size_t>(bytes, 16))); }
+  Pinned(const Pinned&) = delete;
+  Pinned& operator=(const Pinned&) = delete;
+  ~Pinned() { cudaFreeHost(data_); }
+  uint8_t* get() const { return static_cast<uint8_t*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+};
+
+// Addresses of `count` pages of `bytes` each, one after the other.
+inline std::vector<int64_t> page_table(const void* first, int64_t bytes, int64_t count) {
+  std::vector<int64_t> table(static_cast<size_t>(count));
+  for (int64_t i = 0; i < count; ++i) table[size_t(i)] = reinterpret_cast<int64_t>(first) + i * bytes;
+  return table;
+}
+
 __host__ __device__ inline uint32_t hash32(uint64_t x) {
   x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
   x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
@@ -106,6 +126,11 @@ inline uint64_t differences(const void* a, const void* b, const int* map, int64_
   return counter.to_host<uint64_t>()[0];
 }
 
+inline double median(std::vector<double> times) {
+  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
+  return times[times.size() / 2];
+}
+
 // Median time of one of `launches` calls of work(i, stream), captured in one graph, over `replays` replays, in us.
 inline double time_graph(int launches, int replays, const std::function<void(int, cudaStream_t)>& work) {
   cudaStream_t stream;
@@ -136,8 +161,7 @@ inline double time_graph(int launches, int replays, const std::function<void(int
   VC_CUDA_CHECK(cudaGraphExecDestroy(exec));
   VC_CUDA_CHECK(cudaGraphDestroy(graph));
   VC_CUDA_CHECK(cudaStreamDestroy(stream));
-  std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-  return times[times.size() / 2];
+  return median(std::move(times));
 }
 
 // Results: a line on stdout each; JSON objects to a file.
@@ -179,6 +203,10 @@ class Report {
     std::snprintf(text, sizeof text, "{\"name\": \"%s\", \"us\": %.3f, \"gb_s\": %.1f, \"floor_us\": %.3f}",
                   name.c_str(), us, bytes / us * 1e-3, floor_us);
     entry(text);
+  }
+  void value(const std::string& name, double value) {
+    std::printf("value %-43s %9.4f\n", name.c_str(), value);
+    entry("{\"name\": \"" + name + "\", \"value\": " + std::to_string(value) + "}");
   }
   int failures() const { return failures_; }
   void entry(const std::string& text) {

@@ -4,9 +4,11 @@
 //
 // pack. Grid: one block a page, which walks its blocks of 2048 elements in order, so that the place of each block's
 // overflow, and with it every byte, is the same as on the CPU. Block: 128 threads, 16 elements each.
-// unpack. Grid: up to one block for each kUnroll blocks of elements (or p.max_blocks), then a stride. Block: 128
+// unpack. Grid: one block a run of kRun blocks of elements of a page (at most p.max_blocks, then a stride). Block: 128
 // threads; thread t turns 16 bytes of the plane and 8 of the codes into two runs of 8 elements, 1024 apart, so that
 // loads and stores are both whole 16-byte accesses of neighbours. Escapes are patched in after a barrier.
+#include <algorithm>
+
 #include "device/element.cuh"
 #include "device/launch.cuh"
 #include "launchers.h"
@@ -18,7 +20,7 @@ namespace {
 constexpr int kBlock = Bf16PackLayout::kBlock, kLanes = Bf16PackLayout::kLanes, kWarps = kLanes / 32;
 constexpr int kWindow = 14, kCodeBytes = kBlock / 2;
 constexpr uint32_t kEscape = 15;
-constexpr int kUnroll = 2;  // blocks of elements asked for before the first is decoded
+constexpr int kRun = 4;  // blocks of elements asked for before the first is decoded
 constexpr uint32_t kPair = 0x00010001u;
 
 // A pair of neighbouring elements in one word: exponents, and sign and mantissa as bytes, in its two halves.
@@ -179,95 +181,115 @@ __device__ __forceinline__ uint32_t join(uint32_t bytes, uint32_t exponent) {
   return ((bytes & 0x80 * kPair) << 8) | (bytes & 0x7f * kPair) | exponent << 7;
 }
 
+// One lane's part of a block: 16 bytes of its plane, 8 of its codes.
 struct Packed {
   uint4 plane;
   uint2 codes;
-  Bf16BlockHeader header;
+};
+
+// Writes a block but for its escapes. `high`: this lane's high nibbles where the block is wide.
+__device__ __forceinline__ void decode(const Packed& in, Bf16BlockHeader header, uint2 high, uint16_t* raw, int64_t at,
+                                       int64_t elems) {
+  const bool wide = header.count == Bf16BlockHeader::kWide;
+  const uint32_t plane[4] = {in.plane.x, in.plane.y, in.plane.z, in.plane.w};
+  const uint32_t codes[2] = {in.codes.x, in.codes.y}, highs[2] = {high.x, high.y};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    uint32_t out[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t code = codes[h] >> (4 * i) & 0xf * kPair;
+      uint32_t e;
+      if (wide) {
+        e = code | (highs[h] >> (4 * i) & 0xf * kPair) << 4;
+      } else {
+        const uint32_t nonzero = (code + 0xf * kPair) >> 4 & kPair;
+        // An escape's exponent is base + 15, at most 255: nothing spills into the neighbour; patched afterwards.
+        e = nonzero * header.base + code;
+      }
+      const uint32_t word = plane[2 * h + i / 2];
+      out[i] = join(i % 2 == 0 ? spread_low(word) : spread_high(word), e);
+    }
+    const int64_t here = at + h * (kBlock / 2);
+    if (here < elems) *reinterpret_cast<uint4*>(raw + here) = make_uint4(out[0], out[1], out[2], out[3]);
+  }
+}
+
+__device__ __forceinline__ Bf16BlockHeader header_of(uint2 x) { return {x.x, uint16_t(x.y), uint16_t(x.y >> 16)}; }
+
+// The escapes of a run of blocks lie one after the other: word i of the run's overflow.
+struct RunOverflow {
+  const uint32_t* first;
+  int words;
+  const uint2* headers;  // of the run, in shared memory
+  int blocks;
+
+  __device__ RunOverflow(const uint8_t* packed, const Bf16PackLayout& l, const uint2* run_headers, int count)
+      : headers(run_headers), blocks(count) {
+    const Bf16BlockHeader head = header_of(headers[0]), last = header_of(headers[count - 1]);
+    const int units = last.count == Bf16BlockHeader::kWide ? kCodeBytes / 16 : (last.count + 3) / 4;
+    first = reinterpret_cast<const uint32_t*>(packed + l.overflow + int64_t(head.offset) * 16);
+    words = (int(last.offset - head.offset) + units) * 4;
+  }
+
+  // The block that word i belongs to, -1 if it is no escape.
+  __device__ __forceinline__ int owner(int i) const {
+    int block = 0, start = 0;
+#pragma unroll
+    for (int u = 1; u < kRun; ++u) {
+      const int at = u < blocks ? int(headers[u].x - headers[0].x) * 4 : INT32_MAX;
+      if (at <= i) block = u, start = at;
+    }
+    const Bf16BlockHeader header = header_of(headers[block]);
+    return header.count != Bf16BlockHeader::kWide && i - start < header.count ? block : -1;
+  }
 };
 
 __global__ void __launch_bounds__(kLanes)
-    unpack_pages(const __grid_constant__ Bf16PackParams p, const __grid_constant__ Bf16PackLayout l, uint32_t total) {
+    unpack_pages(const __grid_constant__ Bf16PackParams p, const __grid_constant__ Bf16PackLayout l, uint32_t runs,
+                 uint32_t total) {
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int lane = threadIdx.x;
-  const uint32_t blocks = uint32_t(l.blocks);
   // Headers are fetched once for all warps: over a link, a request for 8 bytes costs as much as one for 64. Two sets,
   // used in turn: a set is written again only after a barrier that all reach when they have read it.
-  __shared__ uint2 headers[2][kUnroll];
+  __shared__ uint2 headers[2][kRun];
   int turn = 0;
-  for (uint32_t first = blockIdx.x * kUnroll; first < total; first += gridDim.x * kUnroll, turn ^= 1) {
-    if (lane < kUnroll && first + lane < total) {
-      const auto* packed = reinterpret_cast<const uint8_t*>(p.packed_pages[(first + lane) / blocks]);
-      headers[turn][lane] = __ldcs(reinterpret_cast<const uint2*>(packed + l.headers) + (first + lane) % blocks);
-    }
-    Packed in[kUnroll];
+  for (uint32_t run = blockIdx.x; run < total; run += gridDim.x, turn ^= 1) {
+    const int64_t page = run / runs, b = int64_t(run % runs) * kRun;
+    const int count = int(min(int64_t(kRun), l.blocks - b));
+    const auto* packed = reinterpret_cast<const uint8_t*>(p.packed_pages[page]);
+    if (lane < count) headers[turn][lane] = __ldcs(reinterpret_cast<const uint2*>(packed + l.headers) + b + lane);
+    Packed in[kRun];
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (first + u >= total) break;
-      const uint32_t page = (first + u) / blocks, b = (first + u) % blocks;
-      const auto* packed = reinterpret_cast<const uint8_t*>(p.packed_pages[page]);
-      in[u].plane = __ldcs(reinterpret_cast<const uint4*>(packed + l.planes + int64_t(b) * kBlock) + lane);
-      in[u].codes = __ldcs(reinterpret_cast<const uint2*>(packed + l.codes + int64_t(b) * kCodeBytes) + lane);
+    for (int u = 0; u < kRun; ++u) {
+      if (u >= count) break;
+      in[u].plane = __ldcs(reinterpret_cast<const uint4*>(packed + l.planes + (b + u) * kBlock) + lane);
+      in[u].codes = __ldcs(reinterpret_cast<const uint2*>(packed + l.codes + (b + u) * kCodeBytes) + lane);
     }
     __syncthreads();
+    const RunOverflow overflow(packed, l, headers[turn], count);
+    // Asked for before the blocks are decoded, put in place after.
+    int owner = lane < overflow.words ? overflow.owner(lane) : -1;
+    uint32_t entry = owner >= 0 ? __ldcs(overflow.first + lane) : 0;
+    auto* raw = reinterpret_cast<uint16_t*>(p.raw_pages[page]);
 #pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (first + u >= total) break;
-      const uint2 header = headers[turn][u];
-      in[u].header = {header.x, uint16_t(header.y), uint16_t(header.y >> 16)};
-    }
-    bool patch = false;
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (first + u >= total) break;
-      const uint32_t page = (first + u) / blocks, b = (first + u) % blocks;
-      const Bf16BlockHeader header = in[u].header;
-      const bool wide = header.count == Bf16BlockHeader::kWide;
-      patch |= !wide && header.count > 0;
+    for (int u = 0; u < kRun; ++u) {
+      if (u >= count) break;
+      const Bf16BlockHeader header = header_of(headers[turn][u]);
       uint2 high = make_uint2(0, 0);
-      if (wide) {
-        const auto* packed = reinterpret_cast<const uint8_t*>(p.packed_pages[page]);
+      if (header.count == Bf16BlockHeader::kWide)
         high = __ldcs(reinterpret_cast<const uint2*>(packed + l.overflow + int64_t(header.offset) * 16) + lane);
-      }
-      const uint32_t plane[4] = {in[u].plane.x, in[u].plane.y, in[u].plane.z, in[u].plane.w};
-      const uint32_t codes[2] = {in[u].codes.x, in[u].codes.y}, highs[2] = {high.x, high.y};
-      auto* raw = reinterpret_cast<uint16_t*>(p.raw_pages[page]);
-#pragma unroll
-      for (int h = 0; h < 2; ++h) {
-        uint32_t out[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const uint32_t code = codes[h] >> (4 * i) & 0xf * kPair;
-          uint32_t e;
-          if (wide) {
-            e = code | (highs[h] >> (4 * i) & 0xf * kPair) << 4;
-          } else {
-            const uint32_t nonzero = (code + 0xf * kPair) >> 4 & kPair;
-            // An escape's exponent is base + 15, at most 255: nothing spills into the neighbour; patched below.
-            e = nonzero * header.base + code;
-          }
-          const uint32_t word = plane[2 * h + i / 2];
-          out[i] = join(i % 2 == 0 ? spread_low(word) : spread_high(word), e);
-        }
-        const int64_t at = int64_t(b) * kBlock + h * (kBlock / 2) + lane * 8;
-        if (at < p.elems) *reinterpret_cast<uint4*>(raw + at) = make_uint4(out[0], out[1], out[2], out[3]);
-      }
+      decode(in[u], header, high, raw, (b + u) * kBlock + lane * 8, p.elems);
     }
-    if (!patch) continue;  // the same for the whole block
-    __syncthreads();       // the escapes' places have been written, by other threads
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (first + u >= total) break;
-      const Bf16BlockHeader header = in[u].header;
-      if (header.count == Bf16BlockHeader::kWide) continue;
-      const uint32_t page = (first + u) / blocks, b = (first + u) % blocks;
-      const auto* packed = reinterpret_cast<const uint8_t*>(p.packed_pages[page]);
-      const auto* escapes = reinterpret_cast<const uint32_t*>(packed + l.overflow + int64_t(header.offset) * 16);
-      auto* raw = reinterpret_cast<uint16_t*>(p.raw_pages[page]) + int64_t(b) * kBlock;
-      for (int i = lane; i < header.count; i += kLanes) {
-        const uint32_t entry = escapes[i];
-        raw[entry >> 16 & (kBlock - 1)] = uint16_t(entry);
-      }
+    if (overflow.words == 0) continue;  // the same for the whole block
+    __syncthreads();                    // the escapes' places have been written, by other threads
+    for (int i = lane;;) {
+      if (owner >= 0) raw[(b + owner) * kBlock + (entry >> 16 & (kBlock - 1))] = uint16_t(entry);
+      i += kLanes;
+      if (i >= overflow.words) break;
+      owner = overflow.owner(i);
+      if (owner >= 0) entry = __ldcs(overflow.first + i);
     }
   }
 }
@@ -294,11 +316,12 @@ void bf16_unpack(const Bf16PackParams& p, cudaStream_t stream) {
   const int64_t total = layout.blocks * p.pages;
   VC_CHECK(total <= INT32_MAX, "bf16_unpack: ", p.pages, " pages of ", p.elems,
            " elements in one call; split the call.");
-  const int64_t most = p.max_blocks > 0 ? p.max_blocks : int64_t(1) << 30;
+  const uint32_t runs = uint32_t((layout.blocks + kRun - 1) / kRun);
+  const int64_t all_runs = int64_t(runs) * p.pages, most = p.max_blocks > 0 ? p.max_blocks : int64_t(1) << 30;
   LaunchShape shape;
-  shape.grid = dim3(unsigned(std::min((total + kUnroll - 1) / kUnroll, most)));
+  shape.grid = dim3(unsigned(std::min(all_runs, most)));
   shape.block = dim3(kLanes);
-  launch(unpack_pages, shape, device_info(), stream, p, layout, uint32_t(total));
+  launch(unpack_pages, shape, device_info(), stream, p, layout, runs, uint32_t(all_runs));
 }
 
 }  // namespace vericache::cuda

@@ -187,7 +187,7 @@ struct BoxLoader {
 
 // kSplit: k has more than one part, and a cluster a block for each.
 template <int kTokens, bool kSplit>
-__global__ void __launch_bounds__(kMaxThreads, kSplit && kTokens <= 64 ? 2 : 1)
+__global__ void __launch_bounds__(kMaxThreads, (kSplit && kTokens <= 64) ? 2 : 1)
     linear_wgmma(const __grid_constant__ WgmmaArgs args, const __grid_constant__ CUtensorMap w_map,
                  const __grid_constant__ CUtensorMap x_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)

@@ -6,9 +6,11 @@
 // group's scale and zero NaN.
 //
 // Grid: one block a (page, head, run of `group` tokens). Block: 128 threads; a thread works on packs of 8 channels.
-// Keys: extremes down each channel; values: the group / 8 threads of a group agree by shuffles. No order of addition
-// matters: minima and maxima only. quantize_pages takes any shape: the run's keys lie in shared memory, thread d walks
-// down channel d. quantize_quick keeps them in registers and has a third of the instructions; both give the same bytes.
+// Keys: extremes down each channel; values: within a token's group. No order of addition matters: minima and maxima
+// only. quantize_pages takes any shape: the run's keys lie in shared memory, thread d walks down channel d, the group /
+// 8 threads of a group of values agree by shuffles. quantize_quick keeps keys and values in registers, knows the shape
+// while compiling and has less than a third of the instructions; both give the same bytes.
+#include <algorithm>
 #include <type_traits>
 
 #include "device/element.cuh"
@@ -19,7 +21,8 @@ namespace vericache::cuda {
 
 namespace {
 
-constexpr int kThreads = 128, kPack = 8, kMaxHeadDim = 256;
+constexpr int kThreads = 128, kPack = 8, kMaxHeadDim = 256, kMaxGridY = 65535;
+constexpr int kQuickBlocks = 8;  // a multiprocessor: 9 leave 56 registers and cost 11 to 17%, no bound 3% at 2 bits
 
 // The code word of a pack.
 template <int kBits>
@@ -217,15 +220,24 @@ __device__ __forceinline__ uint32_t max_pair(uint32_t a, uint32_t b) {
 }
 __device__ __forceinline__ float low_half(uint32_t pair) { return __uint_as_float(pair << 16); }
 
+// Of the low or the high elements of a pair of minima and a pair of maxima: (smallest, -largest).
+__device__ __forceinline__ uint32_t extent_low(uint32_t low, uint32_t high) {
+  return __byte_perm(low, high, 0x5410) ^ 0x80000000u;
+}
+__device__ __forceinline__ uint32_t extent_high(uint32_t low, uint32_t high) {
+  return __byte_perm(low, high, 0x7632) ^ 0x80000000u;
+}
+
 // Scale and zero as Steps has them. `inverse` is 0 where the short way to a code does not hold: a scale near the ends
 // of the exponents, zero or not finite.
 template <int kBits>
 struct QuickSteps {
   float scale, zero, inverse;
 
-  __device__ __forceinline__ QuickSteps(float low, float high) {
+  __device__ __forceinline__ explicit QuickSteps(uint32_t extent) {
     constexpr float kLevels = Steps<kBits>::kLevels, kInverse = 1.0f / kLevels;
-    const float poison = low * 0.0f + high * 0.0f;  // NaN for a NaN or an infinity
+    const float low = low_half(extent), high = -__uint_as_float(extent & 0xffff0000u);
+    const float poison = 0.0f + low * 0.0f + high * 0.0f;  // NaN for a NaN or an infinity, else +0: zero is never -0
     const float span = high - low;
     float q = span * kInverse;  // Markstein's division, as in Steps::code
     q = span > 1e-30f && span < 1e30f ? fmaf(fmaf(-q, kLevels, span), kInverse, q) : span / kLevels;
@@ -283,109 +295,125 @@ __device__ __forceinline__ CodeWord<kBits> encode_careful(uint4 raw, F scale_and
   return word;
 }
 
-template <int kBits, int kPacks>
-__global__ void __launch_bounds__(kThreads)
+// A row has kRow packs, a thread kPacks of the run's keys and as many of its values. Extremes go through shared memory
+// as words of two bfloat16, (smallest, -largest): one minimum joins two of them. Between two barriers thread t finds
+// the steps of one channel of the keys and of one group of the values.
+template <int kBits, int kPacks, int kRow>
+__global__ void __launch_bounds__(kThreads, kQuickBlocks)
     quantize_quick(const __grid_constant__ QuantizeParams p, const __grid_constant__ QuantPageLayout layout) {
   using T = __nv_bfloat16;
-  constexpr int kWarps = kThreads / 32;
-  __shared__ uint4 lows[kWarps * kMaxHeadDim / kPack], highs[kWarps * kMaxHeadDim / kPack];
-  __shared__ __align__(16) float scales[kMaxHeadDim], zeros[kMaxHeadDim], inverses[kMaxHeadDim];
+  constexpr int kDim = kRow * kPack, kGroup = kThreads * kPacks / kRow;
+  constexpr int kMembers = kGroup / kPack;  // packs a group of values
+  constexpr int kSlices = kThreads / kRow;  // threads with the same channels
+  constexpr int kRowBytes = kDim * kBits / 8;
+  // Channel 8 pack + 4 half + c of the keys is at [half][pack][c]: whole 16-byte accesses of neighbours.
+  __shared__ uint4 k_extents[kSlices][2][kRow];
+  __shared__ float4 k_scales[2][kRow], k_zeros[2][kRow], k_inverses[2][kRow];
+  __shared__ __align__(16) uint32_t v_extents[kThreads * kPacks];
+  __shared__ float4 v_steps[kDim];
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const Place at(p);
-  const int dim = p.head_dim, packs = dim / kPack, group = p.group;
-  const int64_t head_size = int64_t(p.page_size) * dim, run_offset = int64_t(at.run) * group * dim;
-  const T* keys = reinterpret_cast<const T*>(p.full_pages[at.page]) + at.head * head_size + run_offset;
+  const int runs = p.page_size / kGroup, run = int(blockIdx.x) & (runs - 1);  // powers of two
+  const int head = int(blockIdx.x) >> (31 - __clz(runs));
+  const int64_t page = int64_t(blockIdx.z) * kMaxGridY + blockIdx.y;
+  if (page >= p.pages) return;
+  const int64_t head_size = int64_t(p.page_size) * kDim;
+  const T* keys = reinterpret_cast<const T*>(p.full_pages[page]) + head * head_size + int64_t(run) * kGroup * kDim;
   const T* values = keys + p.kv_heads * head_size;
-  const HeadBlob<T> blob(p.quant_pages[at.page], layout, at.head);
-  const int row0 = at.run * group, row_bytes = dim * kBits / 8, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  // Pack i of this thread: channels 8 pack .. 8 pack + 7 of row first_row + i * row_step.
-  const int pack = threadIdx.x % packs, first_row = threadIdx.x / packs, row_step = kThreads / packs;
+  const HeadBlob<T> blob(p.quant_pages[page], layout, head);
+  // Pack i of this thread: channels 8 pack .. 8 pack + 7 of row first_row + i * kSlices.
+  const int thread = threadIdx.x, pack = thread % kRow, first_row = thread / kRow;
 
   uint4 k[kPacks], v[kPacks];
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) k[i] = __ldcs(reinterpret_cast<const uint4*>(keys) + threadIdx.x + i * kThreads);
+  for (int i = 0; i < kPacks; ++i) k[i] = __ldcs(reinterpret_cast<const uint4*>(keys) + thread + i * kThreads);
 #pragma unroll
-  for (int i = 0; i < kPacks; ++i) v[i] = __ldcs(reinterpret_cast<const uint4*>(values) + threadIdx.x + i * kThreads);
+  for (int i = 0; i < kPacks; ++i) v[i] = __ldcs(reinterpret_cast<const uint4*>(values) + thread + i * kThreads);
 
   uint4 low = k[0], high = k[0];
-  const auto widen = [&](uint4 a, uint4 b) {
-    low.x = min_pair(low.x, a.x), low.y = min_pair(low.y, a.y), low.z = min_pair(low.z, a.z);
-    low.w = min_pair(low.w, a.w), high.x = max_pair(high.x, b.x), high.y = max_pair(high.y, b.y);
-    high.z = max_pair(high.z, b.z), high.w = max_pair(high.w, b.w);
-  };
 #pragma unroll
-  for (int i = 1; i < kPacks; ++i) widen(k[i], k[i]);
-  for (int mask = packs; mask < 32; mask *= 2) {  // the lanes of the same channels
-    const auto other = [&](uint4 x) {
-      return make_uint4(__shfl_xor_sync(0xffffffffu, x.x, mask), __shfl_xor_sync(0xffffffffu, x.y, mask),
-                        __shfl_xor_sync(0xffffffffu, x.z, mask), __shfl_xor_sync(0xffffffffu, x.w, mask));
-    };
-    const uint4 a = other(low), b = other(high);
-    widen(a, b);
+  for (int i = 1; i < kPacks; ++i) {
+    low.x = min_pair(low.x, k[i].x), low.y = min_pair(low.y, k[i].y);
+    low.z = min_pair(low.z, k[i].z), low.w = min_pair(low.w, k[i].w);
+    high.x = max_pair(high.x, k[i].x), high.y = max_pair(high.y, k[i].y);
+    high.z = max_pair(high.z, k[i].z), high.w = max_pair(high.w, k[i].w);
   }
-  if (lane < packs) {
-    lows[warp * packs + lane] = low;
-    highs[warp * packs + lane] = high;
-  }
-
-  const int members = group / kPack, groups = dim / group;
+  k_extents[first_row][0][pack] = make_uint4(extent_low(low.x, high.x), extent_high(low.x, high.x),
+                                             extent_low(low.y, high.y), extent_high(low.y, high.y));
+  k_extents[first_row][1][pack] = make_uint4(extent_low(low.z, high.z), extent_high(low.z, high.z),
+                                             extent_low(low.w, high.w), extent_high(low.w, high.w));
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
-    uint32_t a = min_pair(min_pair(v[i].x, v[i].y), min_pair(v[i].z, v[i].w));
-    uint32_t b = max_pair(max_pair(v[i].x, v[i].y), max_pair(v[i].z, v[i].w));
-    for (int mask = members / 2; mask > 0; mask /= 2) {
-      a = min_pair(a, __shfl_xor_sync(0xffffffffu, a, mask));
-      b = max_pair(b, __shfl_xor_sync(0xffffffffu, b, mask));
-    }
-    a = min_pair(a, a >> 16 | a << 16);
-    b = max_pair(b, b >> 16 | b << 16);
-    const QuickSteps<kBits> steps(low_half(a), low_half(b));
-    const int row = row0 + first_row + i * row_step;
-    if (pack % members == 0) {
-      blob.v_scale[int64_t(row) * groups + pack / members] = from_float<T>(steps.scale);
-      blob.v_zero[int64_t(row) * groups + pack / members] = from_float<T>(steps.zero);
-    }
+    const uint32_t a = min_pair(min_pair(v[i].x, v[i].y), min_pair(v[i].z, v[i].w));
+    const uint32_t b = max_pair(max_pair(v[i].x, v[i].y), max_pair(v[i].z, v[i].w));
+    v_extents[thread + i * kThreads] = min_pair(extent_low(a, b), extent_high(a, b));
+  }
+  __syncthreads();
+
+#pragma unroll
+  for (int t = thread; t < kDim; t += kThreads) {
+    const auto* extents = reinterpret_cast<const uint32_t*>(k_extents);
+    uint32_t extent = extents[t];
+#pragma unroll
+    for (int i = 1; i < kSlices; ++i) extent = min_pair(extent, extents[i * kDim + t]);
+    const QuickSteps<kBits> steps(extent);
+    reinterpret_cast<float*>(k_scales)[t] = steps.scale;
+    reinterpret_cast<float*>(k_zeros)[t] = steps.zero;
+    reinterpret_cast<float*>(k_inverses)[t] = steps.inverse;
+    const int channel = t % (kDim / 2) / 4 * kPack + t / (kDim / 2) * 4 + t % 4;
+    blob.k_scale[run * kDim + channel] = from_float<T>(steps.scale);
+    blob.k_zero[run * kDim + channel] = from_float<T>(steps.zero);
+  }
+#pragma unroll
+  for (int t = thread; t < kDim; t += kThreads) {  // groups by token, then by channel
+    uint32_t extent = v_extents[t * kMembers];
+#pragma unroll
+    for (int i = 1; i < kMembers; ++i) extent = min_pair(extent, v_extents[t * kMembers + i]);
+    const QuickSteps<kBits> steps(extent);
+    v_steps[t] = make_float4(steps.scale, steps.zero, steps.inverse, 0.0f);
+    blob.v_scale[run * kDim + t] = from_float<T>(steps.scale);
+    blob.v_zero[run * kDim + t] = from_float<T>(steps.zero);
+  }
+  __syncthreads();
+
+  const int64_t code_at = int64_t(run * kGroup + first_row) * kRowBytes + pack * kBits;
+#pragma unroll
+  for (int i = 0; i < kPacks; ++i) {
+    const float4 steps = v_steps[(thread + i * kThreads) / kMembers];
     CodeWord<kBits> word;
-    if (steps.inverse != 0.0f) {
+    if (steps.z != 0.0f) {
       float scale[kPack], zero[kPack], inverse[kPack];
 #pragma unroll
-      for (int j = 0; j < kPack; ++j) scale[j] = steps.scale, zero[j] = steps.zero, inverse[j] = steps.inverse;
+      for (int j = 0; j < kPack; ++j) scale[j] = steps.x, zero[j] = steps.y, inverse[j] = steps.z;
       word = encode_quick<kBits>(v[i], scale, zero, inverse);
     } else {
-      word = encode_careful<kBits>(v[i], [&](int) { return make_float2(steps.scale, steps.zero); });
+      word = encode_careful<kBits>(v[i], [&](int) { return make_float2(steps.x, steps.y); });
     }
-    *reinterpret_cast<CodeWord<kBits>*>(blob.v_codes + int64_t(row) * row_bytes + pack * kBits) = word;
+    *reinterpret_cast<CodeWord<kBits>*>(blob.v_codes + code_at + i * kSlices * kRowBytes) = word;
   }
-
-  __syncthreads();
-  for (int d = threadIdx.x; d < dim; d += kThreads) {
-    const auto* all_lows = reinterpret_cast<const uint16_t*>(lows);
-    const auto* all_highs = reinterpret_cast<const uint16_t*>(highs);
-    uint32_t a = all_lows[d], b = all_highs[d];
-#pragma unroll
-    for (int w = 1; w < kWarps; ++w) a = min_pair(a, all_lows[w * dim + d]), b = max_pair(b, all_highs[w * dim + d]);
-    const QuickSteps<kBits> steps(low_half(a), low_half(b));
-    scales[d] = steps.scale, zeros[d] = steps.zero, inverses[d] = steps.inverse;
-    blob.k_scale[int64_t(at.run) * dim + d] = from_float<T>(steps.scale);
-    blob.k_zero[int64_t(at.run) * dim + d] = from_float<T>(steps.zero);
-  }
-  __syncthreads();
 
   float scale[kPack], zero[kPack], inverse[kPack];
-  load8(scales + pack * kPack, scale);
-  load8(zeros + pack * kPack, zero);
-  load8(inverses + pack * kPack, inverse);
+  const auto both = [&](const float4(&from)[2][kRow], float (&to)[kPack]) {
+    const float4 a = from[0][pack], b = from[1][pack];
+    to[0] = a.x, to[1] = a.y, to[2] = a.z, to[3] = a.w, to[4] = b.x, to[5] = b.y, to[6] = b.z, to[7] = b.w;
+  };
+  both(k_scales, scale);
+  both(k_zeros, zero);
+  both(k_inverses, inverse);
   bool quick = true;
 #pragma unroll
   for (int j = 0; j < kPack; ++j) quick &= inverse[j] != 0.0f;
 #pragma unroll
   for (int i = 0; i < kPacks; ++i) {
-    const int64_t row = row0 + first_row + i * row_step;
-    *reinterpret_cast<CodeWord<kBits>*>(blob.k_codes + row * row_bytes + pack * kBits) =
-        quick ? encode_quick<kBits>(k[i], scale, zero, inverse) : encode_careful<kBits>(k[i], [&](int j) {
-          return make_float2(scales[pack * kPack + j], zeros[pack * kPack + j]);
-        });
+    CodeWord<kBits> word;
+    if (quick)
+      word = encode_quick<kBits>(k[i], scale, zero, inverse);
+    else
+      word = encode_careful<kBits>(k[i], [&](int j) {
+        const int at = j / 4 * (kDim / 2) + pack * 4 + j % 4;
+        return make_float2(reinterpret_cast<const float*>(k_scales)[at], reinterpret_cast<const float*>(k_zeros)[at]);
+      });
+    *reinterpret_cast<CodeWord<kBits>*>(blob.k_codes + code_at + i * kSlices * kRowBytes) = word;
   }
 }
 
@@ -434,6 +462,25 @@ void check(const char* op, const QuantizeParams& p) {
   VC_CHECK(blocks <= INT32_MAX, op, ": ", p.pages, " pages in one call are too many; split the call.");
 }
 
+// The instance of quantize_quick for a shape, null if there is none.
+template <int kBits>
+auto quick_kernel(int head_dim, int group) -> decltype(&quantize_quick<kBits, 4, 16>) {
+  switch (head_dim * 1000 + group) {
+    case 64032:
+      return quantize_quick<kBits, 2, 8>;
+    case 64064:
+      return quantize_quick<kBits, 4, 8>;
+    case 128016:
+      return quantize_quick<kBits, 2, 16>;
+    case 128032:
+      return quantize_quick<kBits, 4, 16>;
+    case 256016:
+      return quantize_quick<kBits, 4, 32>;
+    default:
+      return nullptr;
+  }
+}
+
 template <class T, int kBits>
 void launch_pages(const QuantizeParams& p, bool quantize, cudaStream_t stream) {
   const DeviceInfo info = device_info();
@@ -443,10 +490,11 @@ void launch_pages(const QuantizeParams& p, bool quantize, cudaStream_t stream) {
   shape.block = dim3(kThreads);
   if (!quantize) return launch(dequantize_pages<T, kBits>, shape, info, stream, p, layout);
   if constexpr (std::is_same_v<T, __nv_bfloat16>) {
-    const int packs = p.head_dim / kPack, total = p.group * packs;
-    if (packs == 8 || packs == 16 || packs == 32) {
-      if (total == 2 * kThreads) return launch(quantize_quick<kBits, 2>, shape, info, stream, p, layout);
-      if (total == 4 * kThreads) return launch(quantize_quick<kBits, 4>, shape, info, stream, p, layout);
+    const auto kernel = quick_kernel<kBits>(p.head_dim, p.group);
+    if (kernel != nullptr && (p.page_size & (p.page_size - 1)) == 0) {
+      shape.grid = dim3(unsigned(p.kv_heads * (p.page_size / p.group)), unsigned(std::min(p.pages, kMaxGridY)),
+                        unsigned((p.pages + kMaxGridY - 1) / kMaxGridY));
+      return launch(kernel, shape, info, stream, p, layout);
     }
   }
   shape.smem = size_t(p.group) * p.head_dim * sizeof(T) + size_t(p.head_dim) * 8;
