@@ -88,7 +88,7 @@ int max_splits(const KeptAttentionParams& p) {
 
 template <int kHeadDim>
 void launch_for(const KeptAttentionParams& p, cudaStream_t stream) {
-  if (has_wgmma()) {
+  if (device_info().hopper) {
     if (int64_t(p.rows) * (p.q_heads / p.kv_heads) <= 8 * int64_t(p.requests))
       launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 8>>(p, max_splits(p), stream);
     else

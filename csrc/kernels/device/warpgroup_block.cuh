@@ -1,0 +1,156 @@
+// SPDX-License-Identifier: Apache-2.0
+// A block of warpgroup_attention.cuh: its shapes, its shared memory, and what its producer and consumers both need.
+#pragma once
+
+#include <cstdint>
+
+#include "row_copy.cuh"
+#include "split_attention.cuh"
+#include "wgmma_rs.cuh"
+
+namespace vericache::cuda {
+
+// kRows: item rows a block takes at a time; 8 where requests have so few, 64 and 128 with one and two warpgroups. With
+// 8 the rows g + 8 of a warp's fragments are nobody's, warps 1 to 3 repeat warp 0, and two blocks share a
+// multiprocessor: while one begins or ends an item, the other keeps the memory busy.
+template <int kHeadDim_, int kRows_, int kBlocks_ = 1>
+struct WarpgroupShape {
+  static constexpr int kHeadDim = kHeadDim_, kRows = kRows_, kHalves = kRows == 8 ? 1 : 2;
+  static constexpr int kWarpgroups = kRows == 128 ? 2 : 1, kBlocks = kBlocks_;
+  static constexpr int kQRows = kRows == 8 ? 16 : kRows;
+  static constexpr int kConsumerWarps = 4 * kWarpgroups, kProducerWarps = 4;
+  static constexpr int kThreads = 32 * (kConsumerWarps + kProducerWarps);
+  static constexpr int kParts = kHeadDim / 64, kPartBytes = kTileTokens * 128;
+  static constexpr int kSlotBytes = kParts * kPartBytes;
+  static constexpr int kSlots = (kBlocks == 2 ? 96 : 160) * 1024 / kSlotBytes;
+  static_assert(kSlots % 2 == 0);  // K in even slots, V in odd ones
+  // Registers a thread at the start are those of 384 threads a multiprocessor where one block with one warpgroup runs,
+  // so that the merge's blocks find room beside it.
+  static constexpr int kBoundThreads = kBlocks == 2 ? kThreads : 384;
+  static constexpr int kConsumerRegisters = kBlocks == 1 ? 200 : kHeadDim == 128 ? 176 : 144;
+  static constexpr int kProducerRegisters = kBlocks == 2 ? 256 - kConsumerRegisters : kWarpgroups == 2 ? 104 : 120;
+};
+
+// Items handed out beyond the first of each block, counted in the workspace, whose contents are unknown before a
+// launch: a tag in the high word, the count in the low one. Block 0 sets (tag, 0); adding to one that does not carry
+// the tag yet is repeated; the last to add clears it, so that no launch meets another's tag, a NaN no arithmetic makes.
+using TaggedCounter = unsigned long long;
+inline constexpr TaggedCounter kFreshCounter = 0xffa5c3e1ull << 32;
+
+// What an addition of one has returned, as the count before it.
+__device__ __forceinline__ int counted(TaggedCounter* counter, TaggedCounter old) {
+  while (old >> 32 != kFreshCounter >> 32) old = atomicAdd(counter, 1ull);
+  return int(old & 0xffffffffu);
+}
+
+template <class Keys>
+struct WarpgroupArgs {
+  typename Keys::Params p;
+  PartialStates partial;  // state (row, head, split) at index (row * q_heads + head) * max_splits + split
+  TaggedCounter* work;
+  int max_splits;
+  int box_rows;  // of `map`: 64, whole rows; or kGranuleTokens, one part
+  CUtensorMap map;
+};
+
+template <class Shape>
+struct WarpgroupSmem {
+  static constexpr int kQ = Shape::kSlots * Shape::kSlotBytes;  // the ring comes first
+  static constexpr int kPositions = kQ + Shape::kQRows * Shape::kHeadDim * 2;
+  static constexpr int kFull = kPositions + Shape::kQRows * int(sizeof(int));
+  static constexpr int kEmpty = kFull + Shape::kSlots * 8;
+  static constexpr int kQFull = kEmpty + Shape::kSlots * 8, kQEmpty = kQFull + 8;
+  static constexpr int kTags = kQEmpty + 8;
+  static constexpr int kSchedule = (kTags + Shape::kSlots * int(sizeof(int)) + 15) / 16 * 16;
+
+  template <class Keys>
+  static size_t bytes(int requests, int kv_heads) {
+    return kSchedule + Schedule<Keys>::bytes(requests, kv_heads) + 1024;  // the ring begins at a multiple of 1024
+  }
+};
+
+template <class Keys, class Shape>
+struct WarpgroupBlock {
+  using Smem = WarpgroupSmem<Shape>;
+  const WarpgroupArgs<Keys>& args;
+  Schedule<Keys> schedule;
+  uint32_t base, full, empty;
+  volatile int* tags;  // of a tile of K: its item; -1: no more
+  const volatile int* positions;
+
+  __device__ WarpgroupBlock(const WarpgroupArgs<Keys>& a, unsigned char* smem) : args(a) {
+    const uint32_t pad = (1024 - smem_address(smem) % 1024) % 1024;
+    smem += pad;
+    base = smem_address(smem);
+    full = base + Smem::kFull;
+    empty = base + Smem::kEmpty;
+    tags = reinterpret_cast<volatile int*>(smem + Smem::kTags);
+    positions = reinterpret_cast<const volatile int*>(smem + Smem::kPositions);
+    schedule.place(smem + Smem::kSchedule, a.p.requests, a.p.kv_heads);
+  }
+
+  __device__ void init_barriers() const {
+    if (threadIdx.x < Shape::kSlots) {
+      mbarrier_init(full + 8 * threadIdx.x, 1);
+      mbarrier_init(empty + 8 * threadIdx.x, Shape::kConsumerWarps);
+    }
+    if (threadIdx.x == 0) {
+      mbarrier_init(base + Smem::kQFull, 32);
+      mbarrier_init(base + Smem::kQEmpty, Shape::kConsumerWarps);
+    }
+  }
+
+  __device__ void produce() const;
+  __device__ void consume(int warp) const;
+
+ private:
+  __device__ int first_token(const WorkItem& work, const Span& span) const {
+    return max(split_begin(work.split), span.lo / kTileTokens * kTileTokens);
+  }
+  __device__ int end_token(const WorkItem& work, const Span& span) const {
+    return min(split_begin(work.split + 1), span.hi);
+  }
+
+  // q of an item, and its rows' positions; rows beyond the last, where a warp has some, are zero.
+  __device__ void copy_q(const WorkItem& work) const {
+    constexpr int kRowChunks = Shape::kHeadDim / 8;
+    const auto& p = args.p;
+    const int group = p.q_heads / p.kv_heads, query0 = schedule.row_offset[work.request];
+    const int first = work.row_block * Shape::kRows;
+    const int rows = min(Shape::kRows, (schedule.row_offset[work.request + 1] - query0) * group - first);
+    const auto* q_base = static_cast<const uint16_t*>(p.q);
+#pragma unroll 1
+    for (int i = int(threadIdx.x) % 32; i < (rows + 15) / 16 * 16 * kRowChunks; i += 32) {
+      const int local = i / kRowChunks, chunk = i % kRowChunks, item_row = first + local;
+      const int64_t at = (query0 + item_row / group) * p.q_stride_row +
+                         (work.kv_head * group + item_row % group) * p.q_stride_head + chunk * 8;
+      cp_async16(swizzled(base + uint32_t(Smem::kQ + chunk / 8 * Shape::kQRows * 128), local, 128, chunk % 8),
+                 q_base + (local < rows ? at : 0), local < rows);
+    }
+#pragma unroll 1
+    for (int i = int(threadIdx.x) % 32; i < rows; i += 32)
+      cp_async4(base + uint32_t(Smem::kPositions + i * 4), p.row_position + query0 + (first + i) / group);
+    mbarrier_arrive_after_copies(base + Smem::kQFull);
+  }
+
+  // A tile of K, or of V, by this warp's lanes; zeros where nothing may be read.
+  __device__ void copy_part_of_tile(const WorkItem& work, const Span& span, int token, bool v, uint32_t slot) const {
+    constexpr int kRowChunks = Shape::kHeadDim / 8, kTokensAnInstruction = 32 / kRowChunks;
+    const int lane = threadIdx.x % 32, row0 = lane / kRowChunks, chunk = lane % kRowChunks;
+    const uint32_t to = slot + uint32_t(chunk / 8 * Shape::kPartBytes);
+    for (int first = 0; first < kTileTokens; first += kGranuleTokens) {
+      const Granule from = Keys::granule(args.p, span, work.request, work.kv_head, token + first);
+      const char* base = from.k + (v ? from.v_offset : 0) + lane * 16;
+#pragma unroll
+      for (int j = 0; j < kGranuleTokens; j += kTokensAnInstruction)
+        cp_async16(swizzled(to, first + row0 + j, 128, chunk % 8), base + j * Shape::kHeadDim * 2,
+                   row0 + j < from.valid);
+    }
+    cp_async_commit();
+    cp_async_wait<0>();
+    fence_for_wgmma();
+    __syncwarp();
+  }
+};
+
+}  // namespace vericache::cuda
