@@ -15,8 +15,6 @@ namespace {
 
 struct KeptKeys {
   using Params = KeptAttentionParams;
-  // A page holds a power of two of tokens.
-  static __device__ __forceinline__ int page_shift(const Params& p) { return 31 - __clz(p.page_size); }
   static constexpr bool kPerHead = true;
 
   static __device__ __forceinline__ Span span(const Params& p, int request, int kv_head, int, int last_position) {
@@ -45,12 +43,12 @@ struct KeptKeys {
                                                 int bytes) {
     if (token < s.hole_end) {
       const int64_t page =
-          p.kept_table[request * p.kept_stride_request + kv_head * p.kept_stride_head + (token >> page_shift(p))];
+          p.kept_table[request * p.kept_stride_request + kv_head * p.kept_stride_head + token / p.page_size];
       return {reinterpret_cast<const char*>(page) + int64_t(token & (p.page_size - 1)) * p.head_dim * bytes,
               p.page_size * p.head_dim * bytes};
     }
     const int tail = token - s.hole_end;
-    const int64_t page = p.tail_table[request * p.tail_stride_request + (tail >> page_shift(p))];
+    const int64_t page = p.tail_table[request * p.tail_stride_request + tail / p.page_size];
     return {reinterpret_cast<const char*>(page) +
                 (int64_t(kv_head) * p.page_size + (tail & (p.page_size - 1))) * p.head_dim * bytes,
             p.kv_heads * p.page_size * p.head_dim * bytes};
@@ -90,7 +88,7 @@ template <int kHeadDim>
 void launch_for(const KeptAttentionParams& p, cudaStream_t stream) {
   if (device_info().hopper) {
     if (int64_t(p.rows) * (p.q_heads / p.kv_heads) <= 8 * int64_t(p.requests))
-      launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 8>>(p, max_splits(p), stream);
+      launch_few_rows<KeptKeys, kHeadDim>(p, max_splits(p), stream);
     else
       launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 64>>(p, max_splits(p), stream);
     return;

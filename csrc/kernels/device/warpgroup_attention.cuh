@@ -79,4 +79,14 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
                                 stream);
 }
 
+// Rows that fit a block of 8. Of two blocks a multiprocessor one hides what the other waits for; but 8 KV heads alone
+// have so few items that the second block would only take its share of the first one's memory. Enters no bits.
+template <class Keys, int kHeadDim>
+void launch_few_rows(const typename Keys::Params& p, int max_splits, cudaStream_t stream) {
+  if (int64_t(p.requests) * p.kv_heads >= 32)
+    launch_warpgroup_attention<Keys, WarpgroupShape<kHeadDim, 8, 2>>(p, max_splits, stream);
+  else
+    launch_warpgroup_attention<Keys, WarpgroupShape<kHeadDim, 8, 1>>(p, max_splits, stream);
+}
+
 }  // namespace vericache::cuda

@@ -138,10 +138,11 @@ struct WarpgroupBlock {
     constexpr int kRowChunks = Shape::kHeadDim / 8, kTokensAnInstruction = 32 / kRowChunks;
     const int lane = threadIdx.x % 32, row0 = lane / kRowChunks, chunk = lane % kRowChunks;
     const uint32_t to = slot + uint32_t(chunk / 8 * Shape::kPartBytes);
+#pragma unroll 1  // rare, and registers are short
     for (int first = 0; first < kTileTokens; first += kGranuleTokens) {
       const Granule from = Keys::granule(args.p, span, work.request, work.kv_head, token + first);
       const char* base = from.k + (v ? from.v_offset : 0) + lane * 16;
-#pragma unroll
+#pragma unroll 1
       for (int j = 0; j < kGranuleTokens; j += kTokensAnInstruction)
         cp_async16(swizzled(to, first + row0 + j, 128, chunk % 8), base + j * Shape::kHeadDim * 2,
                    row0 + j < from.valid);
