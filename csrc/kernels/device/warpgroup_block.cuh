@@ -60,8 +60,8 @@ struct WarpgroupSmem {
   static constexpr int kFull = kPositions + Shape::kQRows * int(sizeof(int));
   static constexpr int kEmpty = kFull + Shape::kSlots * 8;
   static constexpr int kQFull = kEmpty + Shape::kSlots * 8, kQEmpty = kQFull + 8;
-  static constexpr int kTags = kQEmpty + 8;
-  static constexpr int kSchedule = (kTags + Shape::kSlots * int(sizeof(int)) + 15) / 16 * 16;
+  static constexpr int kItem = kQEmpty + 8;
+  static constexpr int kSchedule = (kItem + int(sizeof(int)) + 15) / 16 * 16;
 
   template <class Keys>
   static size_t bytes(int requests, int kv_heads) {
@@ -75,7 +75,7 @@ struct WarpgroupBlock {
   const WarpgroupArgs<Keys>& args;
   Schedule<Keys> schedule;
   uint32_t base, full, empty;
-  volatile int* tags;  // of a tile of K: its item; -1: no more
+  volatile int* item;  // whose q is there; -1: no more
   const volatile int* positions;
 
   __device__ WarpgroupBlock(const WarpgroupArgs<Keys>& a, unsigned char* smem) : args(a) {
@@ -84,7 +84,7 @@ struct WarpgroupBlock {
     base = smem_address(smem);
     full = base + Smem::kFull;
     empty = base + Smem::kEmpty;
-    tags = reinterpret_cast<volatile int*>(smem + Smem::kTags);
+    item = reinterpret_cast<volatile int*>(smem + Smem::kItem);
     positions = reinterpret_cast<const volatile int*>(smem + Smem::kPositions);
     schedule.place(smem + Smem::kSchedule, a.p.requests, a.p.kv_heads);
   }
@@ -95,7 +95,7 @@ struct WarpgroupBlock {
       mbarrier_init(empty + 8 * threadIdx.x, Shape::kConsumerWarps);
     }
     if (threadIdx.x == 0) {
-      mbarrier_init(base + Smem::kQFull, 32);
+      mbarrier_init(base + Smem::kQFull, 33);  // the lanes' copies, and the item
       mbarrier_init(base + Smem::kQEmpty, Shape::kConsumerWarps);
     }
   }
@@ -111,8 +111,8 @@ struct WarpgroupBlock {
     return min(split_begin(work.split + 1), span.hi);
   }
 
-  // q of an item, and its rows' positions; rows beyond the last, where a warp has some, are zero.
-  __device__ void copy_q(const WorkItem& work) const {
+  // An item's index, its q and its rows' positions; rows beyond the last, where a warp has some, are zero.
+  __device__ void copy_q(const WorkItem& work, int index) const {
     constexpr int kRowChunks = Shape::kHeadDim / 8;
     const auto& p = args.p;
     const int group = p.q_heads / p.kv_heads, query0 = schedule.row_offset[work.request];
@@ -131,6 +131,10 @@ struct WarpgroupBlock {
     for (int i = int(threadIdx.x) % 32; i < rows; i += 32)
       cp_async4(base + uint32_t(Smem::kPositions + i * 4), p.row_position + query0 + (first + i) / group);
     mbarrier_arrive_after_copies(base + Smem::kQFull);
+    if (threadIdx.x % 32 == 0) {
+      *item = index;
+      mbarrier_arrive(base + Smem::kQFull);
+    }
   }
 
   // A tile of K, or of V, by this warp's lanes; zeros where nothing may be read.

@@ -36,8 +36,8 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
   };
 
   // Looked up at the start and again at the end of an item: registers are short between.
-  const auto start = [&](int item) {
-    const WorkItem work = schedule.item(p, Shape::kRows, item);
+  const auto start = [&](int index) {
+    const WorkItem work = schedule.item(p, Shape::kRows, index);
     const Span span = schedule.span[work.unit];
     token = first_token(work, span);
     end = end_token(work, span);
@@ -50,8 +50,6 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     tight_hi = Keys::row_range(p, span, work.request, schedule.first_pos[work.request]).y;
     hole_begin = span.hole_begin;
     hole_end = span.hole_end;
-    mbarrier_wait(base + Smem::kQFull, q_parity);
-    q_parity ^= 1;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const bool exists = local + half * 8 < rows;
@@ -72,8 +70,8 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
       for (int e = 0; e < 32; ++e) o[part][e] = 0.f;
   };
 
-  const auto finish = [&](int item) {
-    const WorkItem work = schedule.item(p, Shape::kRows, item);
+  const auto finish = [&](int index) {
+    const WorkItem work = schedule.item(p, Shape::kRows, index);
     const int query0 = schedule.row_offset[work.request];
     const int split_lo = split_begin(work.split), split_hi = split_begin(work.split + 1);
     const int skipped = work.row_block * Shape::kRows + warp * 16;
@@ -177,10 +175,11 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
   };
 
   while (true) {
-    mbarrier_wait(full + 8 * ring.slot, ring.parity);
-    const int item = tags[ring.slot];
-    if (item < 0) break;
-    start(item);
+    mbarrier_wait(base + Smem::kQFull, q_parity);
+    q_parity ^= 1;
+    const int index = *item;
+    if (index < 0) break;
+    start(index);
     if (!active) {
       for (; token < end; token += kTileTokens) {
 #pragma unroll
@@ -195,6 +194,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
 
     Weights weights;
     float rescale[2];
+    mbarrier_wait(full + 8 * ring.slot, ring.parity);
     issue_scores(ring.slot);
     wgmma_wait_pending<0>();
     wgmma_settle(s);
@@ -234,7 +234,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     for (int part = 0; part < kParts; ++part) wgmma_settle(o[part]);
     release(ring.slot);
     ring.next(Shape::kSlots);
-    finish(item);
+    finish(index);
   }
 }
 

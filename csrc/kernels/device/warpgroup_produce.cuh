@@ -60,7 +60,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
     const auto send_q = [&]() {
       wait_once();
       mbarrier_wait(base + Smem::kQEmpty, q_parity);
-      copy_q(work);
+      copy_q(work, plan.item);
       q_parity ^= 1;
     };
     const auto claim = [&]() {
@@ -107,7 +107,6 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
           const uint32_t slot = base + uint32_t(ring.slot * Shape::kSlotBytes), barrier = full + 8 * ring.slot;
           if (!whole) copy_part_of_tile(work, span, token0 + tile * kTileTokens, part, slot);
           if (lane == 0) {
-            if (part == 0) tags[ring.slot] = plan.item;
             if (whole)
               mbarrier_expect(barrier, Shape::kSlotBytes);
             else
@@ -133,11 +132,12 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
     if (look_up_at >= tiles) look_ahead();
     plan = next;
   }
-  mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
+  mbarrier_wait(base + Smem::kQEmpty, q_parity);
   if (lane == 0) {
-    tags[ring.slot] = -1;
-    mbarrier_arrive(full + 8 * ring.slot);
+    *item = -1;
+    mbarrier_arrive(base + Smem::kQFull);
   }
+  mbarrier_arrive(base + Smem::kQFull);
 }
 
 }  // namespace vericache::cuda
