@@ -200,26 +200,12 @@ bool pairs_groups(const QuantAttentionParams& p) {
   return p.bits == 2 && p.group == 32 && p.q_heads / p.kv_heads <= 4 && p.rows <= p.requests;
 }
 
-#ifndef VC_W2
-#define VC_W2 12
-#define VC_S2 3
-#define VC_W4 10
-#define VC_S4 2
-#define VC_W8 6
-#define VC_S8 2
-#define VC_B 1
-#endif
-// Warps and tiles in flight: what shared memory and registers have room for.
+// Warps, each with two tiles in flight: more of either, or two blocks a multiprocessor, were slower.
+constexpr int warps_for(int bits, int group, bool paired) {
+  return bits == 8 ? 5 : bits == 4 ? 8 : group == 32 && !paired ? 8 : 12;
+}
 template <int kHeadDim, int kBits, int kGroup, bool kPaired>
-using ShapeFor = QuantShape<kHeadDim, kBits, kGroup, kPaired,
-                            kBits == 8                             ? VC_W8
-                            : kBits == 4                           ? VC_W4
-                            : kGroup == 32 && !kPaired && VC_B < 2 ? 8
-                                                                   : VC_W2,
-                            kBits == 8   ? VC_S8
-                            : kBits == 4 ? VC_S4
-                                         : VC_S2,
-                            VC_B>;
+using ShapeFor = QuantShape<kHeadDim, kBits, kGroup, kPaired, warps_for(kBits, kGroup, kPaired), 2, 1>;
 
 int64_t max_units(const QuantAttentionParams& p, int item_rows) {
   return (int64_t(p.rows) * (p.q_heads / p.kv_heads) / item_rows + p.requests) * p.kv_heads;
@@ -273,7 +259,7 @@ void launch_bits(const QuantAttentionParams& p, cudaStream_t stream) {
 size_t quant_attention_workspace_bytes(const QuantAttentionParams& p) {
   if (!takes_tensor_cores(p)) return 0;
   const int item_rows = pairs_groups(p) ? 4 : 8;
-  return QuantStates::bytes(max_states(p, item_rows, device_info().multiprocessors * VC_B), max_units(p, item_rows),
+  return QuantStates::bytes(max_states(p, item_rows, device_info().multiprocessors), max_units(p, item_rows),
                             p.head_dim);
 }
 
