@@ -10,8 +10,10 @@
 // over distributed shared memory; a block takes at most half of a multiprocessor's shared memory, so that the next
 // kernel's blocks fill theirs while this one ends.
 // Block: a warpgroup for each 64 rows of its tile, with all tokens.
-// Shared memory: a ring of stages of 64 k, each w [tile rows][64] then x [tokens][64] bf16 in the layout of
-// device/wgmma.cuh, filled as two boxes by one thread (device/tensor_map.cuh); then a barrier for each stage.
+// Shared memory: a ring of stages of one or two chunks of 64 k, each stage its chunks' w [tile rows][64], then their x
+// [tokens][64], bf16 in the layout of device/wgmma.cuh, filled by one thread, a box for each [..][64]
+// (device/tensor_map.cuh); then a barrier for each stage. A stage costs the copying side about as much with two chunks
+// as with one, so two where enough stages are left. No bits depend on it: only the waits between the steps differ.
 //
 // Reduction order (R1): element (token, n) is sum over parts p = 0 .. splits-1, left to right, of the chain
 // wgmma(k16 step 0), wgmma(k16 step 1), ... of part p, starting from zero; then + bias, then + residual; one rounding.
@@ -40,14 +42,14 @@ void linear_simple(const LinearParams& p, const DeviceInfo& info, cudaStream_t s
 
 namespace {
 
-constexpr int kStageK = 64, kRowBytes = kStageK * 2;  // k a stage; bytes of a row of it
+constexpr int kChunkK = 64, kRowBytes = kChunkK * 2;  // k a chunk; bytes of a row of it
 constexpr int kMaxStages = 8, kMaxThreads = 512;
 constexpr int kPad = 4;                  // floats after each token of a float32 tile: no bank conflicts
 constexpr int kSharedSmem = 113 * 1024;  // of a block that leaves room for another
 
 struct WgmmaArgs {
   LinearParams p;
-  int begin[5];  // first stage of each part of k; begin[splits] is the end
+  int begin[5];  // first chunk of each part of k; begin[splits] is the end
   int splits;    // parts of k
   int rows;      // of w in a block's tile
   int token_blocks;
@@ -156,25 +158,29 @@ __device__ void store_tile(const WgmmaArgs& args, const float (&acc)[kTokens / 2
 }
 
 // The copies of one block, stage after stage of an item, item after item, by one thread.
-template <int kTokens>
+template <int kTokens, int kChunks>
 struct BoxLoader {
   const WgmmaArgs& args;
   const CUtensorMap &w_map, &x_map;
   const uint32_t ring, barriers;
-  const int first_stage, steps, item_step;
+  const int first_chunk, steps, item_step;
   int item, kb = 0;  // of the next stage to copy
 
   __device__ __forceinline__ bool done() const { return item >= args.items; }
 
-  // `w`, `x`: which operands; the barrier expects both with w.
+  // `w`, `x`: which operands; the barrier expects both with w. A part's last stage may have chunks that are not used.
   __device__ void copy(int slot, bool w, bool x) const {
     const uint32_t stage = ring + slot * args.stage_bytes, barrier = barriers + 8 * slot;
     const int n0 = item / args.token_blocks * args.rows, token0 = item % args.token_blocks * kTokens;
-    const int k = (first_stage + kb) * kStageK;
-    if (w) mbarrier_expect(barrier, (args.rows + kTokens) * kRowBytes);
-    if (w && args.p.swiglu) copy_halves(stage, w_map, k, n0 / 2, barrier);
-    if (w && !args.p.swiglu) copy_box(stage, w_map, k, n0, barrier);
-    if (x) copy_box(stage + args.w_bytes, x_map, k, token0, barrier);
+    if (w) mbarrier_expect(barrier, args.stage_bytes);
+#pragma unroll
+    for (int c = 0; c < kChunks; ++c) {
+      const int k = (first_chunk + kb * kChunks + c) * kChunkK;
+      const uint32_t w_dst = stage + c * args.rows * kRowBytes;
+      if (w && args.p.swiglu) copy_halves(w_dst, w_map, k, n0 / 2, barrier);
+      if (w && !args.p.swiglu) copy_box(w_dst, w_map, k, n0, barrier);
+      if (x) copy_box(stage + args.w_bytes + c * kTokens * kRowBytes, x_map, k, token0, barrier);
+    }
   }
 
   __device__ __forceinline__ void advance() {
@@ -185,8 +191,8 @@ struct BoxLoader {
   }
 };
 
-// kSplit: k has more than one part, and a cluster a block for each.
-template <int kTokens, bool kSplit>
+// kSplit: k has more than one part, and a cluster a block for each. kChunks: of a stage.
+template <int kTokens, bool kSplit, int kChunks>
 __global__ void __launch_bounds__(kMaxThreads, (kSplit && kTokens <= 64) ? 2 : 1)
     linear_wgmma(const __grid_constant__ WgmmaArgs args, const __grid_constant__ CUtensorMap w_map,
                  const __grid_constant__ CUtensorMap x_map) {
@@ -196,18 +202,19 @@ __global__ void __launch_bounds__(kMaxThreads, (kSplit && kTokens <= 64) ? 2 : 1
   const int rank = kSplit ? int(blockIdx.x) % args.splits : 0;
   const int first_item = kSplit ? int(blockIdx.x) / args.splits : int(blockIdx.x);
   const int item_step = kSplit ? args.items : int(gridDim.x);
-  const int first_stage = args.begin[rank], steps = args.begin[rank + 1] - first_stage;
+  const int first_chunk = args.begin[rank], chunks = args.begin[rank + 1] - first_chunk;
+  const int steps = (chunks + kChunks - 1) / kChunks;
 
   const uint32_t ring = smem_address(smem), barriers = ring + args.barriers;
   if (ring % 1024 != 0) __trap();
-  BoxLoader<kTokens> loader{args, w_map, x_map, ring, barriers, first_stage, steps, item_step, first_item};
+  BoxLoader<kTokens, kChunks> loader{args, w_map, x_map, ring, barriers, first_chunk, steps, item_step, first_item};
   let_next_kernel_start();
   if (threadIdx.x == 0) {
     for (int s = 0; s < args.stages; ++s) mbarrier_init(barriers + 8 * s, 1);
     mbarrier_init_fence();
     prefetch_map(x_map);
     if (args.p.w_settled) {  // w alone before the wait
-      BoxLoader<kTokens> first = loader;
+      BoxLoader<kTokens, kChunks> first = loader;
       for (int s = 0; s < args.stages && !first.done(); ++s, first.advance()) first.copy(s, true, false);
     }
     wait_for_previous_kernel();
@@ -218,6 +225,7 @@ __global__ void __launch_bounds__(kMaxThreads, (kSplit && kTokens <= 64) ? 2 : 1
   __syncthreads();  // the barriers are initialized
 
   const uint32_t own_w = warpgroup * 64 * kRowBytes;
+  const uint64_t next_a = args.rows * (kRowBytes / 16), next_b = kTokens * (kRowBytes / 16);  // from chunk to chunk
   float acc[kTokens / 2];
   int slot = 0;
   uint32_t parity = 0;
@@ -229,13 +237,24 @@ __global__ void __launch_bounds__(kMaxThreads, (kSplit && kTokens <= 64) ? 2 : 1
       mbarrier_wait(barriers + 8 * slot, parity);
       const uint32_t stage = ring + slot * args.stage_bytes;
       const uint64_t a = wgmma_operand(stage + own_w), b = wgmma_operand(stage + args.w_bytes);
-      wgmma_settle(acc);
-      wgmma_begin();
+      const auto multiply = [&]<int kFirst, int kEnd>() {
+        wgmma_settle(acc);
+        wgmma_begin();
 #pragma unroll
-      for (int step = 0; step < kStageK / 16; ++step) wgmma_k16(acc, a + 2 * step, b + 2 * step);
-      wgmma_commit();
-      wgmma_wait();
-      wgmma_settle(acc);
+        for (int c = kFirst; c < kEnd; ++c) {
+#pragma unroll
+          for (int step = 0; step < kChunkK / 16; ++step)
+            wgmma_k16(acc, a + c * next_a + 2 * step, b + c * next_b + 2 * step);
+        }
+        wgmma_commit();
+        wgmma_wait();
+        wgmma_settle(acc);
+      };
+      static_assert(kChunks <= 2);
+      if (kChunks == 1 || chunks - kb * kChunks > 1)
+        multiply.template operator()<0, kChunks>();
+      else
+        multiply.template operator()<0, 1>();
       __syncthreads();  // all have used the stage
       if (threadIdx.x == 0 && !loader.done()) {
         loader.copy(slot, true, true);
@@ -258,15 +277,19 @@ __global__ void __launch_bounds__(kMaxThreads, (kSplit && kTokens <= 64) ? 2 : 1
 #endif
 }
 
-template <int kTokens, bool kSplit>
+template <int kTokens, bool kSplit, int kChunks>
 void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
   const int groups = (args.rows + 63) / 64;  // warpgroups
-  args.w_bytes = args.rows * kRowBytes;
-  args.stage_bytes = args.w_bytes + kTokens * kRowBytes;
+  args.w_bytes = kChunks * args.rows * kRowBytes;
+  args.stage_bytes = args.w_bytes + kChunks * kTokens * kRowBytes;
   // The last wgmma of a stage reads 64 rows though the tile may end sooner; what it reads there is not used.
-  const int extra = std::max(0, 64 * groups - args.rows - kTokens) * kRowBytes;
+  const int extra = std::max(0, 64 * groups - args.rows - kChunks * kTokens) * kRowBytes;
   const int budget = kSplit && kTokens <= 64 ? std::min(kSharedSmem, info.smem_optin) : info.smem_optin;
   args.stages = std::min(kMaxStages, (budget - extra - kMaxStages * 8) / args.stage_bytes);
+  // Two chunks a stage if that leaves three stages, or two with all of the shared memory: what was fastest.
+  if constexpr (kChunks > 1) {
+    if (args.stages < (kSplit ? 3 : 2)) return launch_wgmma<kTokens, kSplit, 1>(args, info, stream);
+  }
   VC_CHECK(args.stages >= 2, "linear: a block may use ", budget, " bytes of shared memory on this GPU, ",
            2 * args.stage_bytes + extra + kMaxStages * 8, " are needed.");
   const int partial = kSplit ? kTokens * (args.rows + kPad) * 4 : 0;
@@ -280,8 +303,8 @@ void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
                                           : bf16_matrix_map(args.p.w, args.p.n, args.p.k, args.p.k, args.rows);
   const CUtensorMap x_map =
       bf16_matrix_map(args.p.x, args.p.rows, args.p.k, args.p.rows > 1 ? args.p.x_stride_row : args.p.k, kTokens);
-  allow_all_smem<linear_wgmma<kTokens, kSplit>>(info);
-  launch(linear_wgmma<kTokens, kSplit>, shape, info, stream, args, w_map, x_map);
+  allow_all_smem<linear_wgmma<kTokens, kSplit, kChunks>>(info);
+  launch(linear_wgmma<kTokens, kSplit, kChunks>, shape, info, stream, args, w_map, x_map);
 }
 
 void linear_hopper(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream) {
@@ -296,8 +319,9 @@ void linear_hopper(const LinearParams& p, const DeviceInfo& info, cudaStream_t s
   args.token_blocks = (p.rows + tokens - 1) / tokens;
   args.items = (p.n + args.rows - 1) / args.rows * args.token_blocks;
   const auto go = [&]<int kTokens>() {
-    if (plan.splits > 1) return launch_wgmma<kTokens, true>(args, info, stream);
-    launch_wgmma<kTokens, false>(args, info, stream);
+    constexpr int kMostChunks = kTokens <= 64 ? 2 : 1;  // two have not been timed with 128 tokens
+    if (plan.splits > 1) return launch_wgmma<kTokens, true, kMostChunks>(args, info, stream);
+    launch_wgmma<kTokens, false, kMostChunks>(args, info, stream);
   };
   switch (tokens) {
     case 8:
