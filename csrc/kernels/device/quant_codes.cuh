@@ -18,8 +18,8 @@ namespace vericache::cuda {
 
 template <int kBits>
 struct QuantCodes {
-  static constexpr bool kSplit = CodePlanes<kBits>::kSplit;
-  static constexpr int kUnit = kSplit ? 4 : 16 / kBits;
+  static constexpr bool kPlanar = CodePlanes<kBits>::kSplit;
+  static constexpr int kUnit = kPlanar ? 4 : 16 / kBits;
   static constexpr bool kFp16 = kBits == 8;
   static constexpr int kExponent = kFp16 ? 24 : 133;
 

@@ -160,7 +160,7 @@ struct QuantState {
   };
   template <bool kTrans>
   static __device__ __forceinline__ void load_fine(FineCodes& fine, uint32_t codes, int block, int lane) {
-    if constexpr (Shape::kSplit) {
+    if constexpr (Shape::kPlanar) {
       const int token = block * 16 + lane % 8 * 2 + lane / 8 % 2;
       if constexpr ((Shape::kBits & 2) != 0) {
         constexpr int kPieces = FineCodes::kPieces;
@@ -184,7 +184,7 @@ struct QuantState {
   }
   // Register j of a word of 16-byte piece `chunk`; half: slots below 8 or from 8 on.
   static __device__ __forceinline__ uint32_t code(uint32_t word, const FineCodes& fine, int chunk, int half, int j) {
-    if constexpr (Shape::kSplit) {
+    if constexpr (Shape::kPlanar) {
       constexpr int kPieces = FineCodes::kPieces;
       const uint32_t middle = (Shape::kBits & 2) != 0 ? fine.middle[chunk % kPieces][half] : 0u;
       const uint32_t low = (Shape::kBits & 1) != 0 ? fine.low[half] : 0u;

@@ -27,12 +27,12 @@ struct QuantShape {
   static constexpr int kTailTokens = kBits == 2 ? 8 : 16;  // of a tile
 
   // Of the codes, or of their 4-bit plane if they are split:
-  static constexpr bool kSplit = QuantCodes<kBits>::kSplit;
-  static constexpr int kCodeRow = kHeadDim * (kSplit ? 4 : kBits) / 8;  // bytes of a token
-  static constexpr int kChunks = kCodeRow / 16;                         // 16-byte pieces of a token
-  static constexpr int kChunkChannels = kHeadDim / kChunks;             // = 8 * kUnit
-  static constexpr int kRowGroups = kHeadDim / kGroup;                  // V groups of a token
-  static constexpr int kKeyGroups = kQuantTokens / kGroup;              // K groups of a tile
+  static constexpr bool kPlanar = QuantCodes<kBits>::kPlanar;
+  static constexpr int kCodeRow = kHeadDim * (kPlanar ? 4 : kBits) / 8;  // bytes of a token
+  static constexpr int kChunks = kCodeRow / 16;                          // 16-byte pieces of a token
+  static constexpr int kChunkChannels = kHeadDim / kChunks;              // = 8 * kUnit
+  static constexpr int kRowGroups = kHeadDim / kGroup;                   // V groups of a token
+  static constexpr int kKeyGroups = kQuantTokens / kGroup;               // K groups of a tile
 
   // Byte offsets.
   static constexpr int kCodes = kQuantTokens * kHeadDim * kBits / 8;
@@ -57,7 +57,7 @@ struct QuantShape {
   static __host__ __device__ constexpr int place_of(int at) { return at ^ (at >> kSwizzleShift & 7) << 4; }
   // Planes begin at multiples of 1024 bytes, which place_of does not mix.
   static constexpr int plane_begin(int w) { return int(CodePlanes<kBits>::begin(kQuantTokens, kHeadDim, w)); }
-  static_assert(!kSplit || (plane_begin(2) % 1024 == 0 && plane_begin(1) % 1024 == 0));
+  static_assert(!kPlanar || (plane_begin(2) % 1024 == 0 && plane_begin(1) % 1024 == 0));
 };
 
 // Byte offsets and sizes within a head's blob of a page.
@@ -95,7 +95,7 @@ __device__ __forceinline__ void copy_piece(uint32_t to, const char* from, int la
 // The codes of a tile out of a page of more than one: tokens first .. of the block of codes `from`.
 template <class Shape>
 __device__ __forceinline__ void copy_codes(uint32_t to, const char* from, int first, int page_size, int lane) {
-  if constexpr (Shape::kSplit) {
+  if constexpr (Shape::kPlanar) {
     using Planes = CodePlanes<Shape::kBits>;
     Planes::each_plane([&]<int w>() {
       constexpr int kRow = Planes::row_bytes(Shape::kHeadDim, w);
