@@ -218,7 +218,7 @@ bool pairs_groups(const QuantAttentionParams& p) {
 template <int kHeadDim, int kBits, int kGroup, bool kPaired>
 using ShapeFor = QuantShape<kHeadDim, kBits, kGroup, kPaired,
                             kBits == 8                             ? VC_W8
-                            : (kBits > 4)                          ? 14 - kBits
+                            : (kBits > 4)                          ? 13 - kBits
                             : kBits == 4                           ? VC_W4
                             : kGroup == 32 && !kPaired && VC_B < 2 ? 8
                                                                    : VC_W2,
