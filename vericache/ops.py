@@ -143,7 +143,7 @@ def quant_attention(
         row_position (int32) [rows]: the row attends to 0 .. position.
         kv_heads: KV heads; divides q_heads.
         page_size: tokens a page.
-        bits: 2, 4 or 8.
+        bits: 2, 4, 5, 6, 7 or 8.
         group: tokens a K group and channels a V group; divides page_size and head_dim.
         scale: factor of the scores.
         settled: as for `paged_attention`.
@@ -325,7 +325,7 @@ def kv_quantize(
         quant_pages (int64) [pages]: addresses written.
         like (T) [any]: gives T and the device; may be empty.
         kv_heads, head_dim, page_size: sizes.
-        bits: 2, 4 or 8.
+        bits: 2, 4, 5, 6, 7 or 8.
         group: tokens a K group and channels a V group; divides page_size and head_dim.
     """
     _ops.kv_quantize(full_pages, quant_pages, like, kv_heads, head_dim, page_size, bits, group)

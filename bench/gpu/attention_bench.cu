@@ -80,6 +80,8 @@ class Bench {
     if (b.tokens < 32768) return;
     kept(b, kv_bytes);
     for (const int bits : {8, 4, 2}) quant(b, bits);
+    if (b.requests == 8 && b.tokens == 32768)
+      for (const int bits : {7, 6, 5}) quant(b, bits);
   }
 
  private:

@@ -222,8 +222,20 @@ static __global__ void dequantize_page(const int64_t* table, int page, int64_t l
     const int head = e / h.head_dim, d = e % h.head_dim;
     const auto* blob = reinterpret_cast<const uint8_t*>(table[page]) + head * layout_head_bytes;
     const auto code = [&](const uint8_t* codes) {
-      const int bit = d * bits;
-      return float(codes[int64_t(slot) * h.head_dim * bits / 8 + bit / 8] >> bit % 8 & ((1 << bits) - 1));
+      const auto bits_at = [&](int64_t row_bytes, int bit, int width) {
+        return codes[slot * row_bytes + bit / 8] >> bit % 8 & ((1 << width) - 1);
+      };
+      if (bits != 5 && bits != 6 && bits != 7) return float(bits_at(h.head_dim * bits / 8, d * bits, bits));
+      int x = 0;
+      for (int width = 4; width > 0; width /= 2) {  // the planes of csrc/common/code_planes.h
+        if ((bits & width) == 0) continue;
+        const int part = h.head_dim * width / 4, in_part = d % part;
+        x = x << width | bits_at(h.head_dim * width / 8,
+                                 in_part / 4 * 16 + in_part % 4 / 2 * 8 + width * (2 * (d / part) + in_part % 2),
+                                 width);
+        codes += int64_t(h.page_size) * h.head_dim * width / 8;
+      }
+      return float(x);
     };
     const auto* ks = reinterpret_cast<const Element*>(blob + l.code_bytes);
     const auto* kz = reinterpret_cast<const Element*>(blob + l.code_bytes + l.k_param_bytes);

@@ -202,7 +202,16 @@ int main(int argc, char** argv) try {
     check_quant(report, {8, 1, 128, 128}, bits, 64, 1);
     check_quant(report, {8, 1, 64, 64}, bits, 32, 9);
   }
-  check_quant(report, {4, 2, 64, 16}, 4, 16);                                  // no tensor cores
+  for (const int bits : {5, 6, 7}) {
+    check_quant(report, {32, 8, 128, 64}, bits, 32);
+    check_quant(report, {32, 8, 128, 64}, bits, 32, 1);
+    check_quant(report, {8, 1, 128, 128}, bits, 64, 9);
+    check_quant(report, {6, 2, 128, 256}, bits, 32, 1);
+    check_quant(report, {8, 2, 64, 128}, bits, 64);  // 5 and 7: no tensor cores
+  }
+  check_quant(report, {6, 2, 64, 64}, 6, 32, 1);
+  check_quant(report, {4, 2, 64, 16}, 4, 16);  // no tensor cores
+  check_quant(report, {4, 2, 64, 16}, 6, 16);
   constexpr int kTimed[][2] = {{8, 4}, {8, 32}, {8, 128}, {1, 32}, {1, 128}};  // requests, K tokens
   for (const auto& [requests, kilo] : kTimed) BitwiseAttention(requests, kilo * 1024).check(report);
   std::printf("%d failures\n", report.failures());

@@ -314,7 +314,7 @@ void quantize_checks(Report& report, DType dtype) {
   for (const Case& c :
        {Case{3, 2, 128, 64, 32}, Case{2, 8, 64, 32, 32}, Case{5, 1, 128, 16, 16}, Case{1, 2, 256, 128, 64},
         Case{2, 3, 64, 128, 64}, Case{2, 5, 256, 32, 16}, Case{1, 3, 128, 256, 128}}) {
-    for (const int bits : {2, 4, 8}) {
+    for (const int bits : {2, 4, 5, 6, 7, 8}) {
       const size_t full_elems = size_t(2) * c.kv_heads * c.page_size * c.head_dim;
       const auto layout = QuantPageLayout::make(c.kv_heads, c.page_size, c.head_dim, bits, c.group, sizeof(T));
       const Buffer full = random_buffer<T>(full_elems * c.pages, 51), quant(layout.page_bytes * c.pages);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "bindings/checks.h"
+#include "common/code_planes.h"
 
 namespace vericache::bindings {
 
@@ -19,7 +20,7 @@ inline int32_t check_head_dim(int64_t value) {
 }
 
 inline int32_t bits_of(int64_t value) {
-  VC_CHECK(value == 2 || value == 4 || value == 8, "bits is ", value, "; it must be 2, 4 or 8.");
+  VC_CHECK(are_code_bits(value), "bits is ", value, "; it must be 2, 4, 5, 6, 7 or 8.");
   return int32_t(value);
 }
 

@@ -79,7 +79,7 @@ struct QuantAttentionParams {
   int64_t q_stride_row, q_stride_head;
   int64_t quant_stride_request, tail_stride_request;
   int32_t rows, requests, q_heads, kv_heads, head_dim, page_size, max_quant_pages, max_tail_pages;
-  int32_t bits;   // 2, 4 or 8
+  int32_t bits;   // 2 or 4 to 8
   int32_t group;  // tokens a K group, channels a V group; divides page_size and head_dim
   float scale;
   DType dtype;
@@ -89,7 +89,8 @@ struct QuantAttentionParams {
 
 // Byte layout of a quantized page (KIVI, arXiv 2402.02750: keys per channel, values per token). kv_heads head blobs in
 // a row, each: k_codes | k_scale | k_zero | v_codes | v_scale | v_zero.
-//   codes  [page_size, head_dim * bits / 8] uint8; element d of a row is in byte d*bits/8, least significant bits first
+//   codes  2, 4 and 8 bits: [page_size, head_dim * bits / 8] uint8; element d of a row is in byte d*bits/8, least
+//          significant bits first. 5, 6 and 7 bits: planes of 4, 2 and 1 bits (code_planes.h), as many bytes in all
 //   k_scale, k_zero [page_size / group, head_dim] T;  v_scale, v_zero [page_size, head_dim / group] T
 //   x ~= code * scale + zero, scale = (max - min) / (2^bits - 1), zero = min (a float)
 struct QuantPageLayout {

@@ -5,6 +5,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/code_planes.h"
+#include "common/error.h"
 #include "common/types.h"
 #include "cpu/attention_tiles.h"
 #include "cpu/words.h"
@@ -87,6 +89,60 @@ inline u32x16 unpack_codes(const uint8_t* p) {
   }
 }
 
+// The codes of one row of a block of codes as numbers.
+template <int kBits>
+class CodeRow {
+ public:
+  using Planes = CodePlanes<kBits>;
+
+  CodeRow(const uint8_t* block, int64_t row, int page_size, int head_dim) {
+    if constexpr (Planes::kSplit) {
+      std::fill_n(bytes_, head_dim / 4, 0u);
+      Planes::each_plane([&]<int w>() {
+        const auto* units = reinterpret_cast<const uint16_t*>(block + Planes::begin(page_size, head_dim, w) +
+                                                              row * Planes::row_bytes(head_dim, w));
+        const int n = head_dim * w / 16;
+        for (int q = 0; q < 4 / w; ++q)
+          for (int u = 0; u < n; ++u) bytes_[q * n + u] |= Planes::template spread<w>(units[u], q) << Planes::place(w);
+      });
+    } else {
+      codes_ = block + row * (head_dim * kBits / 8);
+    }
+  }
+  // From channel d on, a multiple of 16.
+  f32x16 load(int d) const {
+    if constexpr (Planes::kSplit)
+      return to_f32x16(load_bytes(reinterpret_cast<const uint8_t*>(bytes_) + d));
+    else
+      return to_f32x16(unpack_codes<kBits>(codes_ + d * kBits / 8));
+  }
+
+ private:
+  alignas(64) uint32_t bytes_[Planes::kSplit ? kMaxHeadDim / 4 : 1];
+  const uint8_t* codes_ = nullptr;
+};
+
+// Calls work<bits>().
+template <class Work>
+auto dispatch_bits(int bits, Work work) {
+  switch (bits) {
+    case 8:
+      return work.template operator()<8>();
+    case 7:
+      return work.template operator()<7>();
+    case 6:
+      return work.template operator()<6>();
+    case 5:
+      return work.template operator()<5>();
+    case 4:
+      return work.template operator()<4>();
+    case 2:
+      return work.template operator()<2>();
+    default:
+      throw Error(vericache::detail::concat("bits is ", bits, "; it must be 2, 4, 5, 6, 7 or 8."));
+  }
+}
+
 // Pages of QuantPageLayout.
 template <class T, int kBits>
 class QuantPages final : public KeySource {
@@ -98,22 +154,63 @@ class QuantPages final : public KeySource {
         shift_(std::countr_zero(unsigned(page_size))),
         mask_(page_size - 1),
         head_dim_(head_dim),
-        group_(group),
-        row_bytes_(head_dim * kBits / 8) {}
+        group_(group) {}
 
   void pack_keys(int64_t key, float* tile) const override {
+    if constexpr (CodePlanes<kBits>::kSplit)
+      pack_planes(key, tile);
+    else
+      pack_words(key, tile);
+  }
+
+  void load_values(int64_t key, int count, float* rows) const override {
+    const uint8_t* codes = head_blob(key) + layout_.code_bytes + 2 * layout_.k_param_bytes;
+    const int64_t slot = key & mask_;
+    const int groups = head_dim_ / group_;
+    const T* scale = reinterpret_cast<const T*>(codes + layout_.code_bytes) + slot * groups;
+    const T* zero = scale + layout_.v_param_bytes / int64_t(sizeof(T));
+    for (int i = 0; i < count; ++i, rows += head_dim_, scale += groups, zero += groups) {
+      const CodeRow<kBits> row(codes, slot + i, int(mask_) + 1, head_dim_);
+      for (int g = 0; g < groups; ++g) {
+        const f32x16 s(to_float(scale[g])), z(to_float(zero[g]));
+        for (int d = g * group_; d < (g + 1) * group_; d += kLanes) store(rows + d, fma(row.load(d), s, z));
+      }
+    }
+  }
+
+ private:
+  const T* key_scale(const uint8_t* blob, int64_t slot) const {
+    return reinterpret_cast<const T*>(blob + layout_.code_bytes) + slot / group_ * head_dim_;
+  }
+
+  void pack_planes(int64_t key, float* tile) const {
+    const uint8_t* blob = head_blob(key);
+    const int64_t slot = key & mask_;
+    const T* scale = key_scale(blob, slot);
+    const T* zero = scale + layout_.k_param_bytes / int64_t(sizeof(T));
+    alignas(64) float rows[kLanes * kMaxHeadDim];
+    for (int i = 0; i < kLanes; ++i) {
+      const CodeRow<kBits> row(blob, slot + i, int(mask_) + 1, head_dim_);
+      for (int d = 0; d < head_dim_; d += kLanes)
+        store(rows + i * head_dim_ + d, fma(row.load(d), load(scale + d), load(zero + d)));
+    }
+    pack_rows(rows, head_dim_, tile);
+  }
+
+  void pack_words(int64_t key, float* tile) const {
     constexpr int kPerWord = 32 / kBits;
     const uint8_t* blob = head_blob(key);
     const int64_t slot = key & mask_;
-    const uint8_t* codes = blob + slot * row_bytes_;
-    const T* scale = reinterpret_cast<const T*>(blob + layout_.code_bytes) + slot / group_ * head_dim_;
+    const int row_bytes = head_dim_ * kBits / 8;
+    const uint8_t* codes = blob + slot * row_bytes;
+    const T* scale = key_scale(blob, slot);
     const T* zero = scale + layout_.k_param_bytes / int64_t(sizeof(T));
     // A block reads 16 words of each row; past the end of the last row lie the scales, at least as long.
-    const int words = row_bytes_ / 4;
+    const int words = row_bytes / 4;
     for (int block = 0; block < words; block += kLanes) {
       const int used = std::min(kLanes, words - block);
       alignas(64) uint32_t columns[kLanes][kLanes];
-      transpose_words(codes + block * 4, row_bytes_, [&](int w, u32x16 x) { std::memcpy(columns[w], &x, sizeof x); });
+      transpose_words(codes + block * 4, row_bytes, [&](int w, u32x16 x) { std::memcpy(columns[w], &x, sizeof x); });
       for (int w = 0; w < used; ++w) {
         u32x16 word;
         std::memcpy(&word, columns[w], sizeof word);
@@ -127,22 +224,6 @@ class QuantPages final : public KeySource {
     }
   }
 
-  void load_values(int64_t key, int count, float* rows) const override {
-    const uint8_t* part = head_blob(key) + layout_.code_bytes + 2 * layout_.k_param_bytes;
-    const int64_t slot = key & mask_;
-    const int groups = head_dim_ / group_;
-    const uint8_t* codes = part + slot * row_bytes_;
-    const T* scale = reinterpret_cast<const T*>(part + layout_.code_bytes) + slot * groups;
-    const T* zero = scale + layout_.v_param_bytes / int64_t(sizeof(T));
-    for (int i = 0; i < count; ++i, rows += head_dim_, codes += row_bytes_, scale += groups, zero += groups)
-      for (int g = 0; g < groups; ++g) {
-        const f32x16 s(to_float(scale[g])), z(to_float(zero[g]));
-        for (int d = g * group_; d < (g + 1) * group_; d += kLanes)
-          store(rows + d, fma(to_f32x16(unpack_codes<kBits>(codes + d * kBits / 8)), s, z));
-      }
-  }
-
- private:
   const uint8_t* head_blob(int64_t key) const {
     return reinterpret_cast<const uint8_t*>(table_[key >> shift_]) + kv_head_ * layout_.head_bytes;
   }
@@ -152,7 +233,7 @@ class QuantPages final : public KeySource {
   int64_t kv_head_;
   int shift_;
   int64_t mask_;
-  int head_dim_, group_, row_bytes_;
+  int head_dim_, group_;
 };
 
 // A compressed part at keys 0 .. and the tail from `boundary`, a multiple of kSplit: no split holds keys of both.

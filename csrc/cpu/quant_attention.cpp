@@ -25,16 +25,7 @@ void quant_attention(const QuantAttentionParams& p) {
   job.source = [&](int request, int kv_head) {
     return dispatch(p.dtype, [&](auto t) -> std::unique_ptr<KeySource> {
       using T = decltype(t);
-      switch (p.bits) {
-        case 8:
-          return make_source<T, 8>(p, request, kv_head);
-        case 4:
-          return make_source<T, 4>(p, request, kv_head);
-        case 2:
-          return make_source<T, 2>(p, request, kv_head);
-        default:
-          throw Error(vericache::detail::concat("bits is ", p.bits, "; it must be 2, 4 or 8."));
-      }
+      return dispatch_bits(p.bits, [&]<int kBits>() { return make_source<T, kBits>(p, request, kv_head); });
     });
   };
   job.keys = [&](int request, int, int row) {

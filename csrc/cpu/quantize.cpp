@@ -60,19 +60,33 @@ f32x16 code_of(f32x16 x, f32x16 scale, f32x16 zero) {
   return where_less(none, scale, round_even(code), none);
 }
 
+// Codes of one row, given as floats, to their place in a block of codes.
 template <int kBits>
-void pack_codes(const float* codes, int count, uint8_t* out) {
-  constexpr int kPerByte = 8 / kBits;
-  for (int i = 0; i < count / kPerByte; ++i) {
-    int byte = 0;
-    for (int c = 0; c < kPerByte; ++c) byte |= int(codes[i * kPerByte + c]) << (c * kBits);
-    out[i] = uint8_t(byte);
+void pack_codes(const float* codes, uint8_t* block, int row, int page_size, int dim) {
+  if constexpr (CodePlanes<kBits>::kSplit) {
+    std::array<uint32_t, kMaxHeadDim / 4> bytes{};
+    for (int d = 0; d < dim; ++d) bytes[size_t(d / 4)] |= uint32_t(codes[d]) << (d % 4 * 8);
+    CodePlanes<kBits>::each_plane([&]<int w>() {
+      using Planes = CodePlanes<kBits>;
+      auto* out = reinterpret_cast<uint16_t*>(block + Planes::begin(page_size, dim, w) +
+                                              int64_t(row) * Planes::row_bytes(dim, w));
+      for (int u = 0; u < dim * w / 16; ++u) out[u] = Planes::template unit<w>(bytes.data(), dim, u);
+    });
+  } else {
+    constexpr int kPerByte = 8 / kBits;
+    const int row_bytes = dim * kBits / 8;
+    uint8_t* out = block + int64_t(row) * row_bytes;
+    for (int i = 0; i < row_bytes; ++i) {
+      int byte = 0;
+      for (int c = 0; c < kPerByte; ++c) byte |= int(codes[i * kPerByte + c]) << (c * kBits);
+      out[i] = uint8_t(byte);
+    }
   }
 }
 
 template <class T, int kBits>
 void quantize_keys(const T* keys, const QuantizeParams& p, const HeadBlob<T>& blob) {
-  const int dim = p.head_dim, row_bytes = dim * kBits / 8;
+  const int dim = p.head_dim;
   alignas(64) std::array<float, kMaxHeadDim> codes, scale, zero;
   for (int g = 0; g < p.page_size / p.group; ++g) {
     const T* rows = keys + int64_t(g) * p.group * dim;
@@ -90,14 +104,14 @@ void quantize_keys(const T* keys, const QuantizeParams& p, const HeadBlob<T>& bl
       for (int d = 0; d < dim; d += kLanes)
         store(codes.data() + d,
               code_of<kBits>(load(rows + int64_t(i) * dim + d), load(scale.data() + d), load(zero.data() + d)));
-      pack_codes<kBits>(codes.data(), dim, blob.k_codes + int64_t(g * p.group + i) * row_bytes);
+      pack_codes<kBits>(codes.data(), blob.k_codes, g * p.group + i, p.page_size, dim);
     }
   }
 }
 
 template <class T, int kBits>
 void quantize_values(const T* values, const QuantizeParams& p, const HeadBlob<T>& blob) {
-  const int dim = p.head_dim, groups = dim / p.group, row_bytes = dim * kBits / 8;
+  const int dim = p.head_dim, groups = dim / p.group;
   alignas(64) std::array<float, kMaxHeadDim> codes;
   for (int i = 0; i < p.page_size; ++i) {
     const T* row = values + int64_t(i) * dim;
@@ -113,7 +127,7 @@ void quantize_values(const T* values, const QuantizeParams& p, const HeadBlob<T>
       for (int d = g * p.group; d < (g + 1) * p.group; d += kLanes)
         store(codes.data() + d, code_of<kBits>(load(row + d), scale, zero));
     }
-    pack_codes<kBits>(codes.data(), dim, blob.v_codes + int64_t(i) * row_bytes);
+    pack_codes<kBits>(codes.data(), blob.v_codes, i, p.page_size, dim);
   }
 }
 
@@ -129,20 +143,18 @@ void quantize_head(int64_t full, int64_t quant, int kv_head, const QuantizeParam
 template <class T, int kBits>
 void dequantize_head(int64_t full, int64_t quant, int kv_head, const QuantizeParams& p, const QuantPageLayout& layout) {
   const HeadBlob<T> blob(quant, layout, kv_head);
-  const int dim = p.head_dim, groups = dim / p.group, row_bytes = dim * kBits / 8;
+  const int dim = p.head_dim, groups = dim / p.group;
   const int64_t head_size = int64_t(p.page_size) * dim;
   T* key = reinterpret_cast<T*>(full) + kv_head * head_size;
   T* value = key + p.kv_heads * head_size;
   for (int i = 0; i < p.page_size; ++i, key += dim, value += dim) {
     const T *k_scale = blob.k_scale + int64_t(i / p.group) * dim, *k_zero = blob.k_zero + int64_t(i / p.group) * dim;
     const T *v_scale = blob.v_scale + int64_t(i) * groups, *v_zero = blob.v_zero + int64_t(i) * groups;
-    const uint8_t* k_codes = blob.k_codes + int64_t(i) * row_bytes;
-    const uint8_t* v_codes = blob.v_codes + int64_t(i) * row_bytes;
+    const CodeRow<kBits> k_codes(blob.k_codes, i, p.page_size, dim), v_codes(blob.v_codes, i, p.page_size, dim);
     for (int d = 0; d < dim; d += kLanes) {
-      const int byte = d * kBits / 8;
-      store(key + d, fma(to_f32x16(unpack_codes<kBits>(k_codes + byte)), load(k_scale + d), load(k_zero + d)));
-      store(value + d, fma(to_f32x16(unpack_codes<kBits>(v_codes + byte)), f32x16(to_float(v_scale[d / p.group])),
-                           f32x16(to_float(v_zero[d / p.group]))));
+      store(key + d, fma(k_codes.load(d), load(k_scale + d), load(k_zero + d)));
+      store(value + d,
+            fma(v_codes.load(d), f32x16(to_float(v_scale[d / p.group])), f32x16(to_float(v_zero[d / p.group]))));
     }
   }
 }
@@ -157,16 +169,8 @@ void each_head(const QuantizeParams& p, Work work) {
       dispatch(p.dtype, [&](auto t) {
         const int64_t full = p.full_pages[i / p.kv_heads], quant = p.quant_pages[i / p.kv_heads];
         const int kv_head = int(i % p.kv_heads);
-        switch (p.bits) {
-          case 8:
-            return work.template operator()<decltype(t), 8>(full, quant, kv_head, layout);
-          case 4:
-            return work.template operator()<decltype(t), 4>(full, quant, kv_head, layout);
-          case 2:
-            return work.template operator()<decltype(t), 2>(full, quant, kv_head, layout);
-          default:
-            throw Error(vericache::detail::concat("bits is ", p.bits, "; it must be 2, 4 or 8."));
-        }
+        dispatch_bits(p.bits,
+                      [&]<int kBits>() { work.template operator()<decltype(t), kBits>(full, quant, kv_head, layout); });
       });
   });
 }

@@ -190,8 +190,13 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
   }
 }
 
+// The head_dims of the tensor cores: a row of the 1-bit plane of 5 and 7 bits fills an ldmatrix row at 128 alone.
+constexpr bool has_shape(int head_dim, int bits) {
+  return head_dim == 128 || (head_dim == 64 && bits != 5 && bits != 7);
+}
+
 bool takes_tensor_cores(const QuantAttentionParams& p) {
-  return p.dtype == DType::kBFloat16 && (p.head_dim == 64 || p.head_dim == 128) && p.page_size >= kQuantTokens &&
+  return p.dtype == DType::kBFloat16 && has_shape(p.head_dim, p.bits) && p.page_size >= kQuantTokens &&
          (p.group == 32 || p.group == 64) && p.q_stride_row % 8 == 0 && p.q_stride_head % 8 == 0 && aligned16(p.q);
 }
 
@@ -202,7 +207,7 @@ bool pairs_groups(const QuantAttentionParams& p) {
 
 // Warps, each with two tiles in flight: more of either, or two blocks a multiprocessor, were slower.
 constexpr int warps_for(int bits, int group, bool paired) {
-  return bits == 8 ? 5 : bits == 4 ? 8 : group == 32 && !paired ? 8 : 12;
+  return bits == 8 ? 5 : bits > 4 ? 13 - bits : bits == 4 ? 8 : group == 32 && !paired ? 8 : 12;
 }
 template <int kHeadDim, int kBits, int kGroup, bool kPaired>
 using ShapeFor = QuantShape<kHeadDim, kBits, kGroup, kPaired, warps_for(kBits, kGroup, kPaired), 2, 1>;
@@ -248,10 +253,10 @@ void launch_bits(const QuantAttentionParams& p, cudaStream_t stream) {
   if (!takes_tensor_cores(p))
     dispatch_element(
         p.dtype, [&](auto t) { launch_simple_attention<decltype(t), SimpleQuantKeys<kBits, decltype(t)>>(p, stream); });
-  else if (p.head_dim == 64)
-    launch_for<64, kBits>(p, stream);
-  else
+  else if (p.head_dim == 128)
     launch_for<128, kBits>(p, stream);
+  else if constexpr (has_shape(64, kBits))
+    launch_for<64, kBits>(p, stream);
 }
 
 }  // namespace
@@ -271,10 +276,16 @@ void quant_attention(const QuantAttentionParams& p, cudaStream_t stream) {
       return launch_bits<2>(p, stream);
     case 4:
       return launch_bits<4>(p, stream);
+    case 5:
+      return launch_bits<5>(p, stream);
+    case 6:
+      return launch_bits<6>(p, stream);
+    case 7:
+      return launch_bits<7>(p, stream);
     case 8:
       return launch_bits<8>(p, stream);
     default:
-      throw Error(detail::concat("bits is ", p.bits, "; it must be 2, 4 or 8."));
+      throw Error(detail::concat("bits is ", p.bits, "; it must be 2, 4, 5, 6, 7 or 8."));
   }
 }
 

@@ -10,9 +10,11 @@
 // only. quantize_pages takes any shape: the run's keys lie in shared memory, thread d walks down channel d, the group /
 // 8 threads of a group of values agree by shuffles. quantize_quick keeps keys and values in registers, knows the shape
 // while compiling and has less than a third of the instructions; both give the same bytes.
+// Codes of 5 to 7 bits take quantize_pages: they meet in shared memory, as bytes, and go to their planes from there.
 #include <algorithm>
 #include <type_traits>
 
+#include "common/code_planes.h"
 #include "device/element.cuh"
 #include "device/launch.cuh"
 #include "launchers.h"
@@ -24,9 +26,12 @@ namespace {
 constexpr int kThreads = 128, kPack = 8, kMaxHeadDim = 256, kMaxGridY = 65535;
 constexpr int kQuickBlocks = 8;  // a multiprocessor: 9 leave 56 registers and cost 11 to 17%, no bound 3% at 2 bits
 
-// The code word of a pack.
+// The code word of a pack: as in the page; a byte a code where codes are split into planes.
 template <int kBits>
-using CodeWord = std::conditional_t<kBits == 8, uint64_t, std::conditional_t<kBits == 4, uint32_t, uint16_t>>;
+constexpr int kCodeStep = CodePlanes<kBits>::kSplit ? 8 : kBits;
+template <int kBits>
+using CodeWord =
+    std::conditional_t<kCodeStep<kBits> == 8, uint64_t, std::conditional_t<kBits == 4, uint32_t, uint16_t>>;
 
 template <class T>
 __device__ __forceinline__ void load8(const T* src, float (&x)[kPack]) {
@@ -111,8 +116,34 @@ template <int kBits>
 __device__ __forceinline__ CodeWord<kBits> encode(const float (&x)[kPack], const Steps<kBits> (&steps)[kPack]) {
   CodeWord<kBits> word = 0;
 #pragma unroll
-  for (int j = 0; j < kPack; ++j) word |= CodeWord<kBits>(steps[j].code(x[j])) << (j * kBits);
+  for (int j = 0; j < kPack; ++j) word |= CodeWord<kBits>(steps[j].code(x[j])) << (j * kCodeStep<kBits>);
   return word;
+}
+
+// Whole rows of codes, a byte each ([rows, head_dim] in shared memory), to their planes of a block of codes, from row
+// row0 on. By all threads.
+template <int kBits>
+__device__ void put_planes(uint8_t* block, const uint8_t* codes, int row0, int rows, const QuantizeParams& p) {
+  using Planes = CodePlanes<kBits>;
+  const int dim = p.head_dim;
+  Planes::each_plane([&]<int w>() {
+    auto* out = reinterpret_cast<uint16_t*>(block + Planes::begin(p.page_size, dim, w) +
+                                            int64_t(row0) * Planes::row_bytes(dim, w));
+    const int units = dim * w / 16;  // of a row
+    for (int i = threadIdx.x; i < rows * units; i += kThreads)
+      out[i] = Planes::template unit<w>(reinterpret_cast<const uint32_t*>(codes + i / units * dim), dim, i % units);
+  });
+}
+
+// The codes of a pack of a row.
+template <int kBits>
+__device__ __forceinline__ CodeWord<kBits> pack_of(const uint8_t* block, int row, int pack, const QuantizeParams& p) {
+  if constexpr (CodePlanes<kBits>::kSplit) {
+    const uint32_t low = CodePlanes<kBits>::load4(block, row, 2 * pack, p.page_size, p.head_dim);
+    return low | uint64_t(CodePlanes<kBits>::load4(block, row, 2 * pack + 1, p.page_size, p.head_dim)) << 32;
+  } else {
+    return *reinterpret_cast<const CodeWord<kBits>*>(block + int64_t(row) * (p.head_dim * kBits / 8) + pack * kBits);
+  }
 }
 
 struct Place {
@@ -138,11 +169,13 @@ __global__ void __launch_bounds__(kThreads)
   const T* keys = reinterpret_cast<const T*>(p.full_pages[at.page]) + at.head * head_size + run_offset;
   const T* values = keys + p.kv_heads * head_size;
   const HeadBlob<T> blob(p.quant_pages[at.page], layout, at.head);
+  constexpr bool kSplit = CodePlanes<kBits>::kSplit;
   const int row0 = at.run * group, row_bytes = dim * kBits / 8;
 
   T* tile = reinterpret_cast<T*>(smem);  // [group, dim]
   float* scales = reinterpret_cast<float*>(tile + group * dim);
   float* zeros = scales + dim;
+  uint8_t* bytes = reinterpret_cast<uint8_t*>(zeros + dim);  // [group, dim] codes, if they are split into planes
   constexpr int kVector = 16 / int(sizeof(T));
   for (int i = threadIdx.x; i < group * dim / kVector; i += kThreads)
     Pack<T>::load(keys + i * kVector).store(tile + i * kVector);
@@ -173,10 +206,14 @@ __global__ void __launch_bounds__(kThreads)
       blob.v_scale[int64_t(row) * groups + pack / members] = from_float<T>(steps[0].scale);
       blob.v_zero[int64_t(row) * groups + pack / members] = from_float<T>(steps[0].zero);
     }
-    *reinterpret_cast<CodeWord<kBits>*>(blob.v_codes + int64_t(row) * row_bytes + pack * kBits) = encode(x, steps);
+    if constexpr (kSplit)
+      *reinterpret_cast<uint64_t*>(bytes + i * kPack) = encode(x, steps);
+    else
+      *reinterpret_cast<CodeWord<kBits>*>(blob.v_codes + int64_t(row) * row_bytes + pack * kBits) = encode(x, steps);
   }
 
-  __syncthreads();  // the tile is complete
+  __syncthreads();  // the tile and the codes are complete
+  if constexpr (kSplit) put_planes<kBits>(blob.v_codes, bytes, row0, group, p);
   for (int d = threadIdx.x; d < dim; d += kThreads) {
     Extent e;
     for (int i = 0; i < group; ++i) e.add(to_float(tile[i * dim + d]));
@@ -191,17 +228,25 @@ __global__ void __launch_bounds__(kThreads)
 
   // A thread stays with one pack of channels, so their steps stay in registers.
   const int rows_a_pass = kThreads / packs, pack = int(threadIdx.x) % packs;
-  if (int(threadIdx.x) >= rows_a_pass * packs) return;
   float scale[kPack], zero[kPack];
   load8(scales + pack * kPack, scale);
   load8(zeros + pack * kPack, zero);
   Steps<kBits> steps[kPack];
 #pragma unroll
   for (int j = 0; j < kPack; ++j) steps[j].set(scale[j], zero[j]);
-  for (int i = int(threadIdx.x) / packs; i < group; i += rows_a_pass) {
+  const int first = int(threadIdx.x) < rows_a_pass * packs ? int(threadIdx.x) / packs : group;
+  for (int i = first; i < group; i += rows_a_pass) {
     float x[kPack];
     load8(tile + i * dim + pack * kPack, x);
-    *reinterpret_cast<CodeWord<kBits>*>(blob.k_codes + int64_t(row0 + i) * row_bytes + pack * kBits) = encode(x, steps);
+    if constexpr (kSplit)
+      *reinterpret_cast<uint64_t*>(bytes + i * dim + pack * kPack) = encode(x, steps);
+    else
+      *reinterpret_cast<CodeWord<kBits>*>(blob.k_codes + int64_t(row0 + i) * row_bytes + pack * kBits) =
+          encode(x, steps);
+  }
+  if constexpr (kSplit) {
+    __syncthreads();  // the codes are complete
+    put_planes<kBits>(blob.k_codes, bytes, row0, group, p);
   }
 }
 
@@ -428,13 +473,10 @@ __global__ void __launch_bounds__(kThreads)
   T* keys = reinterpret_cast<T*>(p.full_pages[at.page]) + at.head * head_size;
   T* values = keys + p.kv_heads * head_size;
   const HeadBlob<T> blob(p.quant_pages[at.page], layout, at.head);
-  const int row_bytes = dim * kBits / 8;
   constexpr CodeWord<kBits> kMask = CodeWord<kBits>((1u << kBits) - 1);
   for (int i = threadIdx.x; i < p.group * packs; i += kThreads) {
     const int row = row0 + i / packs, pack = i % packs;
-    const int64_t code_at = int64_t(row) * row_bytes + pack * kBits;
-    const auto k_word = *reinterpret_cast<const CodeWord<kBits>*>(blob.k_codes + code_at);
-    const auto v_word = *reinterpret_cast<const CodeWord<kBits>*>(blob.v_codes + code_at);
+    const auto k_word = pack_of<kBits>(blob.k_codes, row, pack, p), v_word = pack_of<kBits>(blob.v_codes, row, pack, p);
     float scale[kPack], zero[kPack], k[kPack], v[kPack];
     load8(blob.k_scale + int64_t(at.run) * dim + pack * kPack, scale);
     load8(blob.k_zero + int64_t(at.run) * dim + pack * kPack, zero);
@@ -442,8 +484,8 @@ __global__ void __launch_bounds__(kThreads)
     const float v_scale = to_float(blob.v_scale[group_at]), v_zero = to_float(blob.v_zero[group_at]);
 #pragma unroll
     for (int j = 0; j < kPack; ++j) {
-      k[j] = fmaf(float(uint32_t(k_word >> (j * kBits) & kMask)), scale[j], zero[j]);
-      v[j] = fmaf(float(uint32_t(v_word >> (j * kBits) & kMask)), v_scale, v_zero);
+      k[j] = fmaf(float(uint32_t(k_word >> (j * kCodeStep<kBits>)&kMask)), scale[j], zero[j]);
+      v[j] = fmaf(float(uint32_t(v_word >> (j * kCodeStep<kBits>)&kMask)), v_scale, v_zero);
     }
     store8(keys + int64_t(row) * dim + pack * kPack, k);
     store8(values + int64_t(row) * dim + pack * kPack, v);
@@ -451,9 +493,9 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 void check(const char* op, const QuantizeParams& p) {
-  VC_CHECK(p.bits == 2 || p.bits == 4 || p.bits == 8, op, ": bits is ", p.bits, "; it must be 2, 4 or 8.");
-  VC_CHECK(p.head_dim % kPack == 0 && p.head_dim > 0 && p.head_dim <= kMaxHeadDim, op, ": head_dim is ", p.head_dim,
-           "; it must be a multiple of ", kPack, " and at most ", kMaxHeadDim, ".");
+  VC_CHECK(are_code_bits(p.bits), op, ": bits is ", p.bits, "; it must be 2, 4, 5, 6, 7 or 8.");
+  VC_CHECK(p.head_dim % (2 * kPack) == 0 && p.head_dim > 0 && p.head_dim <= kMaxHeadDim, op, ": head_dim is ",
+           p.head_dim, "; it must be a multiple of ", 2 * kPack, " and at most ", kMaxHeadDim, ".");
   VC_CHECK(
       p.group >= kPack && (p.group & (p.group - 1)) == 0 && p.head_dim % p.group == 0 && p.page_size % p.group == 0, op,
       ": group is ", p.group, "; it must be a power of two of at least ", kPack, " that divides head_dim ", p.head_dim,
@@ -489,7 +531,7 @@ void launch_pages(const QuantizeParams& p, bool quantize, cudaStream_t stream) {
   shape.grid = dim3(unsigned(int64_t(p.pages) * p.kv_heads * (p.page_size / p.group)));
   shape.block = dim3(kThreads);
   if (!quantize) return launch(dequantize_pages<T, kBits>, shape, info, stream, p, layout);
-  if constexpr (std::is_same_v<T, __nv_bfloat16>) {
+  if constexpr (std::is_same_v<T, __nv_bfloat16> && !CodePlanes<kBits>::kSplit) {
     const auto kernel = quick_kernel<kBits>(p.head_dim, p.group);
     if (kernel != nullptr && (p.page_size & (p.page_size - 1)) == 0) {
       shape.grid = dim3(unsigned(p.kv_heads * (p.page_size / p.group)), unsigned(std::min(p.pages, kMaxGridY)),
@@ -497,7 +539,8 @@ void launch_pages(const QuantizeParams& p, bool quantize, cudaStream_t stream) {
       return launch(kernel, shape, info, stream, p, layout);
     }
   }
-  shape.smem = size_t(p.group) * p.head_dim * sizeof(T) + size_t(p.head_dim) * 8;
+  shape.smem = size_t(p.group) * p.head_dim * sizeof(T) + size_t(p.head_dim) * 8 +
+               (CodePlanes<kBits>::kSplit ? size_t(p.group) * p.head_dim : 0);
   VC_CHECK(int64_t(shape.smem) <= info.smem_optin, "kv_quantize: a group of ", p.group, " tokens needs ", shape.smem,
            " bytes of shared memory, this GPU has ", info.smem_optin, "; use a smaller group.");
   allow_all_smem<quantize_pages<T, kBits>>(info);
@@ -511,6 +554,12 @@ void run(const char* op, const QuantizeParams& p, bool quantize, cudaStream_t st
     switch (p.bits) {
       case 8:
         return launch_pages<decltype(t), 8>(p, quantize, stream);
+      case 7:
+        return launch_pages<decltype(t), 7>(p, quantize, stream);
+      case 6:
+        return launch_pages<decltype(t), 6>(p, quantize, stream);
+      case 5:
+        return launch_pages<decltype(t), 5>(p, quantize, stream);
       case 4:
         return launch_pages<decltype(t), 4>(p, quantize, stream);
       default:

@@ -141,7 +141,7 @@ def test_random_keeps_sinks_and_differs_by_head_and_layer() -> None:
     assert len({tuple(row) for row in itertools.chain(*rows)}) == 6
 
 
-@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("bits", [2, 4, 5, 6, 7, 8])
 @pytest.mark.parametrize("group", [16, 32, 64])
 def test_kivi_error_is_half_a_step(bits: int, group: int) -> None:
     """A page there and back: within half a step of its group, K grouped along tokens, V along channels."""

@@ -35,7 +35,7 @@ from vericache.errors import InvalidRequestError, UnsupportedModelError, Vericac
         ("snapkv:kernel=4", ["kernel", "odd", "4"]),
         ("snapkv:pool=sum", ["pool", "avg or max", "'sum'"]),
         ("snapkv:ratio=0.5,ratio=0.6", ["'ratio'", "twice"]),
-        ("kivi:bits=3", ["bits", "2 or 4 or 8", "3"]),
+        ("kivi:bits=3", ["bits", "2 or 4 or 5 or 6 or 7 or 8", "3"]),
         ("kivi:group=48", ["group", "48"]),
         ("kivi:residual_window=3", ["'residual_window'", "residual"]),
         ("kivi:residual=-1", ["residual", "-1"]),

@@ -26,6 +26,7 @@ COMPRESSORS = (
     "snapkv:ratio=0.5,window=16",
     "kivi:bits=2,group=16,residual=16",
     "kivi:bits=4,group=16,residual=0",
+    "kivi:bits=6,group=16,residual=16",
     "kivi:bits=8,group=16,residual=32",
 )
 RUNS = 250

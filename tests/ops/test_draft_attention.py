@@ -126,7 +126,7 @@ def test_kept_does_not_depend_on_threads_or_neighbours(dtype):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 7, 6, 5, 4, 2])
 @pytest.mark.parametrize(
     ("q_heads", "head_dim", "page_size", "group"),
     [(8, 64, 64, 32), (4, 32, 16, 16), (14, 80, 32, 16), (2, 128, 128, 128)],
@@ -225,7 +225,7 @@ def quant_arguments() -> dict[str, object]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"bits": 3}, "bits is 3"),
+        ({"bits": 3}, "bits is 3; it must be 2, 4, 5, 6, 7 or 8"),
         ({"group": 24}, "group is 24"),
         ({"group": 128}, "group is 128"),
         ({"quant_len": int32([64], "cpu"), "row_offsets": int32([0, 1], "cpu")}, "quant_table has no page at entry 0"),

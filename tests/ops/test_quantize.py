@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import Tensor
@@ -34,8 +36,29 @@ def quantized(x: Tensor, bits: int, axis: int, group: int) -> tuple[Tensor, Tens
     return codes.flatten(axis, axis + 1).to(torch.int64), scale.squeeze(axis + 1), zero.squeeze(axis + 1)
 
 
+def plane_widths(bits: int) -> list[int]:
+    """Of the planes of a block of codes, in their order; none if codes are not split."""
+    return [width for width in (4, 2, 1) if bits & width] if bits in (5, 6, 7) else []
+
+
+def plane_places(head_dim: int, width: int) -> Tensor:
+    """int64 [head_dim]: the lowest bit of each channel in a row of a plane."""
+    part, channel = torch.arange(4 // width)[:, None], torch.arange(head_dim * width // 4)
+    unit, element = channel // 4, channel % 4
+    return (16 * unit + 8 * (element // 2) + width * (2 * part + element % 2)).flatten()
+
+
 def packed(codes: Tensor, bits: int) -> Tensor:
-    """Element d of a row is in byte d * bits / 8, least significant bits first."""
+    """Element d of a row is in byte d * bits / 8, least significant bits first; 5 to 7 bits: the planes."""
+    if planes := plane_widths(bits):
+        blocks, left = [], bits
+        for width in planes:  # the most significant bits first
+            left -= width
+            flags = codes.new_zeros(len(codes), codes.shape[1] * width)
+            for bit in range(width):
+                flags[:, plane_places(codes.shape[1], width) + bit] = codes >> (left + bit) & 1
+            blocks.append((flags.unflatten(1, (-1, 8)) << torch.arange(8)).sum(-1).to(torch.uint8).flatten())
+        return torch.cat(blocks)
     rows = []
     for row in codes.tolist():
         number = sum(code << (d * bits) for d, code in enumerate(row))
@@ -45,6 +68,17 @@ def packed(codes: Tensor, bits: int) -> Tensor:
 
 def unpacked(data: Tensor, bits: int) -> Tensor:
     """The inverse: uint8 [rows, bytes] -> int64 [rows, bytes * 8 / bits]."""
+    if planes := plane_widths(bits):
+        (rows, row_bytes), at = data.shape, 0
+        codes = torch.zeros(rows, row_bytes * 8 // bits, dtype=torch.int64)
+        for width in planes:
+            size = codes.numel() * width // 8
+            plane = data.flatten()[at : at + size].view(rows, -1).to(torch.int64)
+            flags = (plane[..., None] >> torch.arange(8) & 1).flatten(1)
+            for bit in reversed(range(width)):
+                codes = codes << 1 | flags[:, plane_places(codes.shape[1], width) + bit]
+            at += size
+        return codes
     shifts = torch.arange(0, 8, bits)
     return (data.to(torch.int64)[..., None] >> shifts & (2**bits - 1)).flatten(-2)
 
@@ -110,7 +144,7 @@ class Case:
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 7, 6, 5, 4, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_page_bytes(device, dtype, bits, shape):
     case = Case(shape, bits, dtype, device)
@@ -133,7 +167,7 @@ def test_page_bytes(device, dtype, bits, shape):
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("bits", [8, 4, 2])
+@pytest.mark.parametrize("bits", [8, 7, 6, 5, 4, 2])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_round_trip(device, dtype, bits, shape):
     case = Case(shape, bits, dtype, device)
@@ -153,6 +187,25 @@ def test_round_trip(device, dtype, bits, shape):
             slack = ((high - low) + low.abs() + high.abs()) * (2.0**-8 if dtype == torch.bfloat16 else 2.0**-22)
             error = (got[half].double() - x).abs().unflatten(axis, (-1, case.sizes["group"]))
             assert (error <= step / 2 + slack).all(), f"page {i}"
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_error_falls_with_bits(device):
+    errors = []
+    for bits in (2, 4, 5, 6, 7, 8):
+        case = Case((64, 64, 32), bits, torch.float32, device, pages=1)
+        case.quantize()
+        errors.append(float((case.dequantize()[0] - case.full[0]).abs().mean()))
+    ratios = [a / b for a, b in pairwise(errors[1:])]
+    assert errors[0] > 3 * errors[1] and all(1.8 < ratio < 2.3 for ratio in ratios), errors
+
+
+@pytest.mark.parametrize("bits", [5, 6, 7])
+def test_the_first_plane_is_a_coarser_code(bits):
+    case = Case((64, 64, 32), bits, torch.float32, "cpu", pages=1)
+    case.quantize()
+    block = case.quant[0][: 64 * 64 * bits // 8].view(64, -1)  # keys of head 0
+    assert_same_bits(unpacked(block.flatten()[: 64 * 32].view(64, -1), 4), unpacked(block, bits) >> (bits - 4), "plane")
 
 
 @pytest.mark.parametrize("device", DEVICES)

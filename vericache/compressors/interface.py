@@ -65,7 +65,7 @@ class QuantizedTokens:
     """Every token, quantized page by page in the byte layout of `QuantPageLayout` (csrc/common/params.h).
 
     Attributes:
-        bits: bits an element: 2, 4 or 8.
+        bits: bits an element: 2, 4, 5, 6, 7 or 8.
         group: tokens that share a scale in K; channels that share one in V.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""KIVI: 2-, 4- or 8-bit codes, keys by channel, values by token (Liu et al., arXiv 2402.02750, section 4)."""
+"""KIVI: codes of 2 or 4 to 8 bits, keys by channel, values by token (Liu et al., arXiv 2402.02750, section 4)."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ class KIVI:
     x ~= code * scale + zero with scale = (max - min) / (2^bits - 1) and zero = min, both stored in the
     model's dtype: 32 / group more bits an element in bfloat16. The authors let K's residual and V's residual
     differ (L mod R, and the newest R); here both end at the same page boundary, which leaves between
-    `residual` and `residual` + page - 1 of the newest tokens in full precision. 8 bits are our addition. The
+    `residual` and `residual` + page - 1 of the newest tokens in full precision. 5 to 8 bits are our addition. The
     authors advise 4 bits for GQA models.
     """
 
-    bits: int = option(4, OneOf((2, 4, 8)), "bits an element, scales and zeros not counted")
+    bits: int = option(4, OneOf((2, 4, 5, 6, 7, 8)), "bits an element, scales and zeros not counted")
     group: int = option(
         32, OneOf((16, 32, 64, 128)), "elements that share a scale; must divide head_dim and page"
     )

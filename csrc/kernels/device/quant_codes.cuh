@@ -1,22 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
 // Quantized codes as operands of an mma, with no arithmetic at all.
 //
-// A 32-bit word of codes has two halves of kUnit = 16 / kBits codes. Register j of a word holds code j of the low half
-// and code j of the high half, each a small integer in the mantissa bits of a 16-bit float whose exponent and sign are
-// zero. Read as bf16 (2 to 7 bits) or fp16 (8 bits) that is a subnormal number, exactly code * 2^(place(j) -
-// kExponent): the tensor core multiplies it like any other. What it is multiplied by carries the scale and a power of
-// two that brings the products back into range.
+// A 32-bit word of codes has two halves of kUnit codes: 16 / kBits, and 4 of the 4-bit plane of 5 to 7 bits, whose
+// other planes give a word more for each. Register j of a word holds code j of the low half and code j of the high
+// half, each a small integer in the mantissa bits of a 16-bit float whose exponent and sign are zero. Read as bf16 (2
+// to 7 bits) or fp16 (8 bits) that is a subnormal number, exactly code * 2^(place(j) - kExponent): the tensor core
+// multiplies it like any other. What it is multiplied by carries the scale and a power of two that brings the products
+// back into range.
 #pragma once
 
 #include <cstdint>
 
+#include "common/code_planes.h"
 #include "fast_math.cuh"
 
 namespace vericache::cuda {
 
 template <int kBits>
 struct QuantCodes {
-  static constexpr int kUnit = 16 / kBits;
+  static constexpr bool kPlanar = CodePlanes<kBits>::kSplit;
+  static constexpr int kUnit = kPlanar ? 4 : 16 / kBits;
   static constexpr bool kFp16 = kBits == 8;
   static constexpr int kExponent = kFp16 ? 24 : 133;
 
@@ -27,6 +30,25 @@ struct QuantCodes {
     if constexpr (kBits == 8) return __byte_perm(word, 0, 0x4240u + uint32_t(j) * 0x101u);
     constexpr uint32_t kMask = (1u << kBits) - 1;
     return word >> (j * kBits - place(j)) & (kMask << place(j)) * 0x10001u;
+  }
+
+  // 5 to 7 bits. `word`: of the 4-bit plane; `middle`, `low`: of the 2-bit and the 1-bit plane, if there is one, whose
+  // parts middle_part and low_part belong to it (code_planes.h).
+  static __device__ __forceinline__ uint32_t get(uint32_t word, uint32_t middle, int middle_part, uint32_t low,
+                                                 int low_part, int j) {
+    uint32_t bytes = bits_at<4>(word, 4 * (j % 2));  // codes j % 2 and j % 2 + 2 of both halves, a byte each
+    if constexpr ((kBits & 2) != 0) bytes |= bits_at<2>(middle, 2 * (2 * middle_part + j % 2));
+    if constexpr ((kBits & 1) != 0) bytes |= bits_at<1>(low, 2 * low_part + j % 2);
+    return __byte_perm(bytes, 0, j < 2 ? 0x4240u : 0x4341u);
+  }
+
+ private:
+  // w bits from `at` on of every byte, at their place in a code.
+  template <int w>
+  static __device__ __forceinline__ uint32_t bits_at(uint32_t word, int at) {
+    constexpr int kPlace = CodePlanes<kBits>::place(w);
+    const uint32_t moved = at >= kPlace ? word >> (at - kPlace) : word << (kPlace - at);
+    return moved & (((1u << w) - 1) << kPlace) * 0x01010101u;
   }
 };
 

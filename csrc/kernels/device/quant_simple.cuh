@@ -3,6 +3,7 @@
 // than device/quant_tile.cuh takes.
 #pragma once
 
+#include "common/code_planes.h"
 #include "element.cuh"
 #include "simple_attention.cuh"
 
@@ -38,8 +39,14 @@ struct SimpleQuantKeys {
       return QuantPageLayout::make(p.kv_heads, p.page_size, p.head_dim, kBits, p.group, int(sizeof(T)));
     }
     __device__ float value(const char* codes, int d, float scale, float zero) const {
-      const int byte = uint8_t(codes[int64_t(slot) * p.head_dim * kBits / 8 + d * kBits / 8]);
-      return fmaf(float(byte >> d * kBits % 8 & ((1 << kBits) - 1)), scale, zero);
+      const auto* block = reinterpret_cast<const uint8_t*>(codes);
+      if constexpr (CodePlanes<kBits>::kSplit) {
+        const uint32_t four = CodePlanes<kBits>::load4(block, slot, d / 4, p.page_size, p.head_dim);
+        return fmaf(float(four >> d % 4 * 8 & 0xffu), scale, zero);
+      } else {
+        const int byte = block[int64_t(slot) * p.head_dim * kBits / 8 + d * kBits / 8];
+        return fmaf(float(byte >> d * kBits % 8 & ((1 << kBits) - 1)), scale, zero);
+      }
     }
     __device__ float k(int d) const {
       if (!blob) return to_float(keys[d]);

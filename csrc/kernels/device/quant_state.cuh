@@ -153,6 +153,47 @@ struct QuantState {
     }
   }
 
+  // The words of the other planes of 5 to 7 bits for the same block of tokens: [piece][slots], [slots].
+  struct FineCodes {
+    static constexpr int kPieces = Shape::kHeadDim / 64;  // of the 2-bit plane
+    uint32_t middle[kPieces][2], low[2];
+  };
+  template <bool kTrans>
+  static __device__ __forceinline__ void load_fine(FineCodes& fine, uint32_t codes, int block, int lane) {
+    if constexpr (Shape::kPlanar) {
+      const int token = block * 16 + lane % 8 * 2 + lane / 8 % 2;
+      if constexpr ((Shape::kBits & 2) != 0) {
+        constexpr int kPieces = FineCodes::kPieces;
+        const uint32_t at =
+            codes + Shape::plane_begin(2) + Shape::place_of((token * kPieces + lane / 16 % kPieces) * 16);
+        if constexpr (kPieces == 2) {
+          uint32_t r[4];
+          kTrans ? ldmatrix_x4_trans(r, at) : ldmatrix_x4(r, at);
+#pragma unroll
+          for (int i = 0; i < 4; ++i) fine.middle[i / 2][i % 2] = r[i];
+        } else {
+          kTrans ? ldmatrix_x2_trans(fine.middle[0], at) : ldmatrix_x2(fine.middle[0], at);
+        }
+      }
+      if constexpr ((Shape::kBits & 1) != 0) {
+        static_assert(Shape::kHeadDim == 128, "a token's row of the 1-bit plane is one row of ldmatrix");
+        const uint32_t at = codes + Shape::plane_begin(1) + Shape::place_of(token * 16);
+        kTrans ? ldmatrix_x2_trans(fine.low, at) : ldmatrix_x2(fine.low, at);
+      }
+    }
+  }
+  // Register j of a word of 16-byte piece `chunk`; half: slots below 8 or from 8 on.
+  static __device__ __forceinline__ uint32_t code(uint32_t word, const FineCodes& fine, int chunk, int half, int j) {
+    if constexpr (Shape::kPlanar) {
+      constexpr int kPieces = FineCodes::kPieces;
+      const uint32_t middle = (Shape::kBits & 2) != 0 ? fine.middle[chunk % kPieces][half] : 0u;
+      const uint32_t low = (Shape::kBits & 1) != 0 ? fine.low[half] : 0u;
+      return Codes::get(word, middle, chunk / kPieces, low, chunk, j);
+    } else {
+      return Codes::get(word, j);
+    }
+  }
+
   // A tile's keys to weights. `tile`, `address`: its place in shared memory.
   __device__ __forceinline__ void keys(const unsigned char* tile, uint32_t address, float c, int lane,
                                        uint32_t (&weights)[4][2]) {
@@ -195,15 +236,19 @@ struct QuantState {
 #pragma unroll
         for (int b = group * kGroupBlocks; b < (group + 1) * kGroupBlocks; ++b) {
           uint32_t words[kPieces][2];
+          FineCodes fine;
           load_codes<false>(words, address, b, chunk, lane);
+          load_fine<false>(fine, address, b, lane);
 #pragma unroll
           for (int piece = 0; piece < kPieces; ++piece)
 #pragma unroll
             for (int j = 0; j < kUnit; j += 2)
-              multiply(s[b],
-                       {Codes::get(words[piece][0], j), Codes::get(words[piece][1], j),
-                        Codes::get(words[piece][0], j + 1), Codes::get(words[piece][1], j + 1)},
-                       scaled[piece][j], scaled[piece][j + 1]);
+              multiply(
+                  s[b],
+                  {code(words[piece][0], fine, chunk + piece, 0, j), code(words[piece][1], fine, chunk + piece, 1, j),
+                   code(words[piece][0], fine, chunk + piece, 0, j + 1),
+                   code(words[piece][1], fine, chunk + piece, 1, j + 1)},
+                  scaled[piece][j], scaled[piece][j + 1]);
         }
       }
     }
@@ -236,6 +281,8 @@ struct QuantState {
     for (int b = 0; b < 4; ++b) {
       constexpr uint32_t kOnes = Shape::kFp16 ? 0x3c003c00u : 0x3f803f80u;
       multiply(sums, {g < 4 ? zero[b] : 0u, kOnes, g < 4 ? 0u : zero[b], kOnes}, weights[b][0], weights[b][1]);
+      FineCodes fine;
+      load_fine<true>(fine, address + Shape::kValues, b, lane);
       uint32_t scales[2 * kRowGroups];  // of tokens 4t .. 4t + 3
       load_words(scales, tile + Shape::kValueScale + (b * 16 + t * 4) * kRowGroups * 2);
       const auto scaled = [&](int group, bool odd, int half) {  // weights times scales of V group `group` + odd
@@ -263,8 +310,10 @@ struct QuantState {
 #pragma unroll
             for (int j = 0; j < kUnit; j += 2)
               multiply(o[set][((chunk + piece) * kUnit + j) / 2],
-                       {Codes::get(words[piece][0], j), Codes::get(words[piece][0], j + 1),
-                        Codes::get(words[piece][1], j), Codes::get(words[piece][1], j + 1)},
+                       {code(words[piece][0], fine, chunk + piece, 0, j),
+                        code(words[piece][0], fine, chunk + piece, 0, j + 1),
+                        code(words[piece][1], fine, chunk + piece, 1, j),
+                        code(words[piece][1], fine, chunk + piece, 1, j + 1)},
                        b0, b1);
           }
         }

@@ -26,14 +26,16 @@ struct QuantShape {
   static constexpr int kItemRows = kPaired ? 4 : 8;        // of a unit: query rows times the heads of a group
   static constexpr int kTailTokens = kBits == 2 ? 8 : 16;  // of a tile
 
-  static constexpr int kCodeRow = kHeadDim * kBits / 8;      // bytes of a token
-  static constexpr int kChunks = kCodeRow / 16;              // 16-byte pieces of a token
-  static constexpr int kChunkChannels = kHeadDim / kChunks;  // = 8 * kUnit
-  static constexpr int kRowGroups = kHeadDim / kGroup;       // V groups of a token
-  static constexpr int kKeyGroups = kQuantTokens / kGroup;   // K groups of a tile
+  // Of the codes, or of their 4-bit plane if they are split:
+  static constexpr bool kPlanar = QuantCodes<kBits>::kPlanar;
+  static constexpr int kCodeRow = kHeadDim * (kPlanar ? 4 : kBits) / 8;  // bytes of a token
+  static constexpr int kChunks = kCodeRow / 16;                          // 16-byte pieces of a token
+  static constexpr int kChunkChannels = kHeadDim / kChunks;              // = 8 * kUnit
+  static constexpr int kRowGroups = kHeadDim / kGroup;                   // V groups of a token
+  static constexpr int kKeyGroups = kQuantTokens / kGroup;               // K groups of a tile
 
   // Byte offsets.
-  static constexpr int kCodes = kQuantTokens * kCodeRow;
+  static constexpr int kCodes = kQuantTokens * kHeadDim * kBits / 8;
   static constexpr int kParam = kQuantTokens / kGroup * kHeadDim * 2;  // of keys and of values alike
   static constexpr int kKeyScale = kCodes, kKeyZero = kKeyScale + kParam, kValues = kKeyZero + kParam;
   static constexpr int kValueScale = kValues + kCodes, kValueZero = kValueScale + kParam;
@@ -53,6 +55,9 @@ struct QuantShape {
   // Where byte `at` of a tile's codes lies.
   static constexpr int kSwizzleShift = kCodeRow >= 128 ? 8 : 7;
   static __host__ __device__ constexpr int place_of(int at) { return at ^ (at >> kSwizzleShift & 7) << 4; }
+  // Planes begin at multiples of 1024 bytes, which place_of does not mix.
+  static constexpr int plane_begin(int w) { return int(CodePlanes<kBits>::begin(kQuantTokens, kHeadDim, w)); }
+  static_assert(!kPlanar || (plane_begin(2) % 1024 == 0 && plane_begin(1) % 1024 == 0));
 };
 
 // Byte offsets and sizes within a head's blob of a page.
@@ -87,6 +92,21 @@ __device__ __forceinline__ void copy_piece(uint32_t to, const char* from, int la
   }
 }
 
+// The codes of a tile out of a page of more than one: tokens first .. of the block of codes `from`.
+template <class Shape>
+__device__ __forceinline__ void copy_codes(uint32_t to, const char* from, int first, int page_size, int lane) {
+  if constexpr (Shape::kPlanar) {
+    using Planes = CodePlanes<Shape::kBits>;
+    Planes::each_plane([&]<int w>() {
+      constexpr int kRow = Planes::row_bytes(Shape::kHeadDim, w);
+      copy_piece<Shape, kQuantTokens * kRow, true>(
+          to + Shape::plane_begin(w), from + Planes::begin(page_size, Shape::kHeadDim, w) + first * kRow, lane);
+    });
+  } else {
+    copy_piece<Shape, Shape::kCodes, true>(to, from + first * Shape::kCodeRow, lane);
+  }
+}
+
 // Starts copying the tile at `c`, whose page is `page`, to `to`.
 template <class Shape>
 __device__ __forceinline__ void copy_tile(const QuantAttentionParams& p, const QuantBlob& blob, const LineCursor& c,
@@ -94,17 +114,18 @@ __device__ __forceinline__ void copy_tile(const QuantAttentionParams& p, const Q
   page += lane * 16;
   if (!c.is_tail()) {
     const char* keys = page + int64_t(c.kv_head) * blob.head_bytes;
-    const auto copy = [&](const char* k, const char* k_scale, const char* k_zero, const char* v, const char* v_scale,
-                          const char* v_zero) {
-      copy_piece<Shape, Shape::kCodes, true>(to, k, lane);
+    const auto copy = [&](auto codes, const char* k, const char* k_scale, const char* k_zero, const char* v,
+                          const char* v_scale, const char* v_zero) {
+      codes(to, k);
       copy_piece<Shape, Shape::kParam, false>(to + Shape::kKeyScale, k_scale, lane);
       copy_piece<Shape, Shape::kParam, false>(to + Shape::kKeyZero, k_zero, lane);
-      copy_piece<Shape, Shape::kCodes, true>(to + Shape::kValues, v, lane);
+      codes(to + Shape::kValues, v);
       copy_piece<Shape, Shape::kParam, false>(to + Shape::kValueScale, v_scale, lane);
       copy_piece<Shape, Shape::kParam, false>(to + Shape::kValueZero, v_zero, lane);
     };
     if (blob.tiles_log2 == 0) {  // pages of one tile: a blob is laid out like the tile, addresses differ by constants
-      copy(keys, keys + Shape::kKeyScale, keys + Shape::kKeyZero, keys + Shape::kValues, keys + Shape::kValueScale,
+      copy([&](uint32_t at, const char* from) { copy_piece<Shape, Shape::kCodes, true>(at, from, lane); }, keys,
+           keys + Shape::kKeyScale, keys + Shape::kKeyZero, keys + Shape::kValues, keys + Shape::kValueScale,
            keys + Shape::kValueZero);
       return;
     }
@@ -112,8 +133,8 @@ __device__ __forceinline__ void copy_tile(const QuantAttentionParams& p, const Q
     const char* k_scale = keys + blob.codes + first / Shape::kGroup * (Shape::kHeadDim * 2);
     const char* values = keys + blob.codes + 2 * blob.k_param;
     const char* v_scale = values + blob.codes + first * (Shape::kRowGroups * 2);
-    copy(keys + first * Shape::kCodeRow, k_scale, k_scale + blob.k_param, values + first * Shape::kCodeRow, v_scale,
-         v_scale + blob.v_param);
+    copy([&](uint32_t at, const char* from) { copy_codes<Shape>(at, from, first, p.page_size, lane); }, keys, k_scale,
+         k_scale + blob.k_param, values, v_scale, v_scale + blob.v_param);
     return;
   }
   // Whole rows, written or not: who reads the tile masks those past the last token.
