@@ -73,7 +73,8 @@ def environment(device: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "vericache": vericache.__version__,
-        "commit": _output("git", "rev-parse", "HEAD") or os.environ.get("VERICACHE_COMMIT", "unknown"),
+        # A copy of the tree on another machine may carry an older history: there the variable says what it is.
+        "commit": os.environ.get("VERICACHE_COMMIT") or _output("git", "rev-parse", "HEAD") or "unknown",
         "uncommitted_changes": bool(_output("git", "status", "--porcelain")),
         "fingerprint": fingerprint(),
         "command": shlex.join(command),
