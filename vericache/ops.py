@@ -70,9 +70,9 @@ def paged_attention(
         page_size: tokens a page.
         scale: factor of the scores, usually head_dim ** -0.5.
         window: 0 for all keys, w for the last w (position included).
-        settled: true promises that the operation just before this one in the stream wrote none of the tables,
-            lengths and positions, and nothing of the cache but the rows' own positions. Reading then overlaps
-            its end on a GPU. Speed only; false is always right.
+        settled: true promises that no op of this package still running or queued on the stream writes the
+            tables, lengths and positions, or any of the cache but the rows' own positions; those may be written
+            by `rope_write` just before. Reading then overlaps its end on a GPU. Speed only; false is always right.
 
     Returns:
         T [rows, q_heads, head_dim].

@@ -39,8 +39,8 @@ struct PagedAttentionParams {
   int32_t window;  // 0: none; w: keys position-w+1 .. position
   float scale;
   DType dtype;
-  // CUDA only, and only for speed: tables, lengths, offsets and positions were complete before the launch that precedes
-  // this one in the stream began, so reading them may overlap that launch's end. False is always right.
+  // CUDA only, and only for speed: no launch of this library still running or queued on the stream writes tables,
+  // lengths, offsets or positions, so reading them may overlap the end of those before. False is always right.
   bool tables_settled = false;
   // The same for K and V at positions below a request's lowest row.
   bool cache_settled = false;

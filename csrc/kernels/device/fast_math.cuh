@@ -36,16 +36,6 @@ __device__ __forceinline__ uint32_t pack_half(float low, float high) {
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(y) : "f"(high), "f"(low));
   return y;
 }
-__device__ __forceinline__ uint32_t add_half2(uint32_t a, uint32_t b) {
-  uint32_t y;
-  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-  return y;
-}
-__device__ __forceinline__ uint32_t fma_half2(uint32_t a, uint32_t b, uint32_t c) {
-  uint32_t y;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(y) : "r"(a), "r"(b), "r"(c));
-  return y;
-}
 // Products of pairs of fp16.
 __device__ __forceinline__ uint32_t multiply_half2(uint32_t a, uint32_t b) {
   uint32_t y;
@@ -61,13 +51,6 @@ __device__ __forceinline__ uint32_t max_bf16x2(uint32_t a, uint32_t b) {
 __device__ __forceinline__ uint32_t max_half2(uint32_t a, uint32_t b) {
   uint32_t y;
   asm("max.f16x2 %0, %1, %2;" : "=r"(y) : "r"(a), "r"(b));
-  return y;
-}
-
-// (a & mask) | bits. Written out, the compiler makes two instructions of it: only one operand can be a constant.
-__device__ __forceinline__ uint32_t and_or(uint32_t a, uint32_t mask, uint32_t bits) {
-  uint32_t y;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(y) : "r"(a), "r"(mask), "r"(bits));
   return y;
 }
 
