@@ -30,20 +30,27 @@ from bench.gpu_programs import FAMILIES, build, check, run, say
 
 PARTS = ("checks", "sanitizer", "pytest")
 TOOLS = ("memcheck", "racecheck")
-SMALL = {"attention": ["", "quick"], "dense": ["--quick"]}  # arguments of the small cases
+# The small cases, cut so that each run takes some seconds: program, arguments.
+SMALL = (
+    ("attention", ["", "quick"]),
+    *(("dense", ["--quick", "--only", part]) for part in ("linear", "layer", "sample", "pages")),
+)
 
 
-def sanitize(tool: str, family: str, folder: Path, work: Path, seconds: int) -> dict[str, Any]:
-    """One program's small cases under one tool of compute-sanitizer."""
-    log = work / f"{family}_{tool}.log"
+def sanitize(
+    tool: str, family: str, arguments: Sequence[str], folder: Path, work: Path, seconds: int
+) -> dict[str, Any]:
+    """Some of a program's small cases under one tool of compute-sanitizer."""
+    program = " ".join([f"{family}_check", *filter(None, arguments)])
+    log = work / f"{program} {tool}.log".replace(" ", "_")
     command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--print-limit", "20"]
     started = time.perf_counter()
-    code = run([*command, str(folder / f"{family}_check"), *SMALL[family]], log, timeout=seconds)
+    code = run([*command, str(folder / f"{family}_check"), *arguments], log, timeout=seconds)
     lines = log.read_text(errors="replace").splitlines()
     summary = [line.lstrip("= ") for line in lines if "SUMMARY" in line]
     result = {
         "tool": tool,
-        "program": f"{family}_check",
+        "program": program,
         "exit_code": code,
         "seconds": round(time.perf_counter() - started, 1),
         "summary": summary[-1] if summary else f"no summary within {seconds} s",
@@ -51,6 +58,10 @@ def sanitize(tool: str, family: str, folder: Path, work: Path, seconds: int) -> 
     }
     if code:
         result["log"] = [line for line in lines if line.startswith("=")][:30] + lines[-5:]
+    print(f"{tool} {program}: {result['summary']}, exit code {code}, {result['checks_run']} checks, "
+          f"{result['seconds']} s", flush=True)  # fmt: skip
+    for line in result.get("log", []):
+        print(f"  {line}")
     return result
 
 
@@ -96,16 +107,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu", help="where the programs are built")
     parser.add_argument("--jobs", type=int, default=16, help="compilers at once")
     parser.add_argument("--pytest", default="", help="further arguments of pytest, in one string")
-    parser.add_argument("--sanitizer-seconds", type=int, default=150, help="limit of each run under compute-sanitizer")
+    parser.add_argument("--sanitizer-seconds", type=int, default=100, help="limit of each run under compute-sanitizer")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu-checks.json")
     arguments = parser.parse_args(argv)
     folder, out = arguments.build.resolve(), arguments.out.resolve()
     out.parent.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
     if code := build(folder, FAMILIES, arguments.jobs):
         return code
+    print(f"programs built in {time.perf_counter() - started:.0f} s", flush=True)
     result: dict[str, Any] = {"environment": environment("cuda")}
     failed = False
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(len(TOOLS) * len(FAMILIES)) as pool:
+    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(len(TOOLS) * len(SMALL)) as pool:
         work = Path(name)
         if "checks" not in arguments.skip:
             for family in FAMILIES:
@@ -116,8 +129,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         version = None if "sanitizer" in arguments.skip else sanitizer_version()
         # Beside one another, but not beside the tests, which they slow down many times.
         submitted = [
-            pool.submit(sanitize, tool, family, folder, work, arguments.sanitizer_seconds)
-            for family in FAMILIES
+            pool.submit(sanitize, tool, family, cases, folder, work, arguments.sanitizer_seconds)
+            for family, cases in SMALL
             for tool in TOOLS
             if version
         ]
@@ -132,12 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result["sanitizer"] = {"version": version, "runs": sanitized}
             if version is None:
                 print("compute-sanitizer is not on the PATH: memcheck and racecheck were skipped", flush=True)
-            for one in result["sanitizer"]["runs"]:
-                print(f"{one['tool']} {one['program']}: {one['summary']}, exit code {one['exit_code']}, "
-                      f"{one['checks_run']} checks, {one['seconds']} s", flush=True)  # fmt: skip
-                for line in one.get("log", []):
-                    print(f"  {line}")
-                failed |= one["exit_code"] != 0
+            failed |= any(one["exit_code"] != 0 for one in sanitized)
     out.write_text(json.dumps(result, indent=1) + "\n")
     return int(failed)
 

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
@@ -30,12 +32,17 @@ def run(
     environment: Mapping[str, str] | None = None,
 ) -> int:
     """Runs a program with its output in a file; the exit code, 124 if it took longer than `timeout` seconds."""
-    with log.open("w") as file:
+    with (
+        log.open("w") as file,
+        subprocess.Popen(
+            command, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+        ) as process,
+    ):
         try:
-            return subprocess.run(
-                command, cwd=cwd, stdout=file, stderr=subprocess.STDOUT, check=False, timeout=timeout, env=environment
-            ).returncode
+            return process.wait(timeout)
         except subprocess.TimeoutExpired:
+            # All of it: a sanitizer that is killed alone leaves its program running on the GPU.
+            os.killpg(process.pid, signal.SIGKILL)
             return 124
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -77,3 +78,14 @@ def test_bitwise_table() -> None:
     checks = [{"check": "x", "ok": True, "detail": ""}, {"check": "bitwise", "ok": True, "detail": "", **row}]
     result = {"attention": {"checks": checks}, "dense": {"checks": []}}
     assert gpu_checks.bitwise_rows(result) == [row]
+
+
+def test_a_program_over_its_time_ends_with_its_children(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert gpu_programs.run(["sh", "-c", "sleep 60 & echo $!; wait"], log, timeout=1.0) == 124
+    child = Path(f"/proc/{int(log.read_text())}/stat")
+    deadline = time.monotonic() + 10
+    while child.exists() and child.read_text().rpartition(")")[2].split()[0] != "Z" and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
+    assert gpu_programs.run(["sh", "-c", "exit 3"], log, timeout=10.0) == 3

@@ -85,7 +85,7 @@ void linear_against_double(Report& report, const char* name, DType dtype, double
   bool guard = true;
   for (const Case& c : cases) {
     if (dtype == DType::kFloat32 && int64_t(c.rows) * c.n * c.k > int64_t(2) << 30) continue;
-    if (quick && int64_t(c.n) * c.k > 1 << 21) continue;
+    if (quick && int64_t(c.n) * c.k > 1 << 18) continue;
     const size_t outs = size_t(c.rows) * c.n;
     const Buffer x = random_buffer<T>(size_t(c.rows) * c.k, 1), w = random_buffer<T>(size_t(c.n) * c.k, 2, 0.05f);
     const Buffer bias = random_buffer<T>(c.n, 3), residual = random_buffer<T>(outs, 4);
@@ -124,7 +124,7 @@ void linear_against_double(Report& report, const char* name, DType dtype, double
 // Each row alone, then all row counts, then shuffled rows among NaN neighbours: the same bits.
 template <class T>
 void linear_invariance(Report& report, int n, int k, DType dtype, bool f32_out, bool quick) {
-  const int all_rows = quick ? 70 : 256;
+  const int all_rows = !quick ? 256 : n * k < 1 << 18 ? 70 : 12;
   const size_t out_elem = f32_out ? 4 : sizeof(T), row_bytes = n * out_elem;
   const Buffer x = random_buffer<T>(size_t(all_rows) * k, 11), w = random_buffer<T>(size_t(n) * k, 12, 0.05f);
   const Buffer alone(all_rows * row_bytes), out(all_rows * row_bytes), mixed(size_t(all_rows) * k * sizeof(T));
@@ -135,7 +135,7 @@ void linear_invariance(Report& report, int n, int k, DType dtype, bool f32_out, 
     cuda::linear(linear_params(x.get<T>() + size_t(r) * k, w.get(), alone.get<uint8_t>() + r * row_bytes, 1, n, k,
                                dtype, f32_out),
                  nullptr);
-  for (int rows = 1; rows <= all_rows; rows += quick ? 23 : 1) {
+  for (int rows = 1; rows <= all_rows; rows += quick ? std::max(all_rows / 3, 1) : 1) {
     const int first = (rows * 37) % (all_rows - rows + 1);
     out.poison();
     LinearParams p = linear_params(x.get<T>() + size_t(first) * k, w.get(), out.get(), rows, n, k, dtype, f32_out);

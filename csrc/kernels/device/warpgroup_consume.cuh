@@ -177,7 +177,8 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
   while (true) {
     mbarrier_wait(base + Smem::kQFull, q_parity);
     q_parity ^= 1;
-    const int index = *item;
+    // Read by the lane that arrives for the warp below: what a barrier orders, it orders for that lane first.
+    const int index = __shfl_sync(0xffffffffu, lane == 0 ? *item : 0, 0);
     if (index < 0) break;
     start(index);
     if (!active) {
