@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -47,16 +48,20 @@ def sanitize(
     started = time.perf_counter()
     code = run([*command, str(folder / f"{family}_check"), *arguments], log, timeout=seconds)
     lines = log.read_text(errors="replace").splitlines()
-    summary = [line.lstrip("= ") for line in lines if "SUMMARY" in line]
+    summary = next((line.lstrip("= ") for line in reversed(lines) if "SUMMARY" in line), None)
+    # "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)". Hazards alone have
+    # left the exit code 0.
+    clean = code == 0 and summary is not None and re.search(r"(?<!\d)0 errors", summary) is not None
     result = {
         "tool": tool,
         "program": program,
         "exit_code": code,
+        "clean": clean,
         "seconds": round(time.perf_counter() - started, 1),
-        "summary": summary[-1] if summary else f"no summary within {seconds} s",
+        "summary": summary or f"no summary within {seconds} s",
         "checks_run": sum(line.startswith(("ok ", "FAIL ")) for line in lines),
     }
-    if code:
+    if not clean:
         result["log"] = [line for line in lines if line.startswith("=")][:30] + lines[-5:]
     print(f"{tool} {program}: {result['summary']}, exit code {code}, {result['checks_run']} checks, "
           f"{result['seconds']} s", flush=True)  # fmt: skip
@@ -145,7 +150,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result["sanitizer"] = {"version": version, "runs": sanitized}
             if version is None:
                 print("compute-sanitizer is not on the PATH: memcheck and racecheck were skipped", flush=True)
-            failed |= any(one["exit_code"] != 0 for one in sanitized)
+            failed |= any(not one["clean"] for one in sanitized)
     out.write_text(json.dumps(result, indent=1) + "\n")
     return int(failed)
 

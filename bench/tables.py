@@ -119,9 +119,9 @@ def gpu_checks(result: dict[str, Any]) -> str:
     ]  # fmt: skip
     checks = [c for family in ("attention", "dense") for c in result[family]["checks"]]
     runs = result["sanitizer"]["runs"]
-    said = [f"{run['tool']} of `{run['program']}`: {run['summary']}" for run in runs if run["exit_code"]]
+    said = [f"{run['tool']} of `{run['program']}`: {run['summary']}" for run in runs if not run.get("clean")]
     for tool in sorted({run["tool"] for run in runs}):
-        if clean := [run for run in runs if run["tool"] == tool and not run["exit_code"]]:
+        if clean := [run for run in runs if run["tool"] == tool and run.get("clean")]:
             said.append(f"{tool} finds nothing in {sum(run['checks_run'] for run in clean)} checks")
     caption = f"{sum(c['ok'] for c in checks)} of {len(checks)} kernel checks pass. "
     caption += f"compute-sanitizer, small cases of every kernel: {'; '.join(said)}. " if said else ""

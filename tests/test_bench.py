@@ -89,3 +89,25 @@ def test_a_program_over_its_time_ends_with_its_children(tmp_path: Path) -> None:
         time.sleep(0.05)
     assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
     assert gpu_programs.run(["sh", "-c", "exit 3"], log, timeout=10.0) == 3
+
+
+@pytest.mark.parametrize(
+    ("summary", "code", "clean"),
+    [
+        ("ERROR SUMMARY: 0 errors", 0, True),
+        ("RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, True),
+        ("RACECHECK SUMMARY: 4 hazards displayed (340 errors, 0 warnings)", 0, False),
+        ("ERROR SUMMARY: 20 errors", 9, False),
+        ("no summary", 0, False),
+    ],
+)
+def test_what_the_sanitizer_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, summary: str, code: int, clean: bool
+) -> None:
+    def program(command: object, log: Path, **options: object) -> int:
+        log.write_text(f"========= COMPUTE-SANITIZER\nok   a\n========= {summary}\n")
+        return code
+
+    monkeypatch.setattr(gpu_checks, "run", program)
+    said = gpu_checks.sanitize("racecheck", "dense", ["--quick"], tmp_path, tmp_path, 9)
+    assert said["clean"] == clean and said["checks_run"] == 1 and ("log" in said) != clean
