@@ -2,12 +2,14 @@
 // Attention kernels: right and invariant. attention_check [results.json [quick]]; exit code 1 if anything failed.
 // `quick` is for compute-sanitizer: the same checks on few rows and tokens.
 //
-// Against float64: full, kept and quantized attention, with NaN in every slot that must not be read.
-// Invariance (R1), on bytes: a position's row alone is the reference; then 1 .. 128 rows together, batches of mixed
-// requests, shuffled pages, 20 repeats. The control, one changed bit of one old key, must be noticed.
-// The same at the sizes that attention_bench times (attention_bitwise.cuh): the rows named `bitwise`.
+// Against float64: full, kept and quantized attention, with NaN in every slot that must not be read. Kept attention,
+// free of R1, twice more in other pages: the same bits. Invariance (R1), on bytes: a position's row alone is the
+// reference; then 1 .. 128 rows together, batches of mixed requests, shuffled pages, 20 repeats. The control, one
+// changed bit of one old key, must be noticed. The same at the sizes that attention_bench times
+// (attention_bitwise.cuh): the rows named `bitwise`.
 #include "attention_bitwise.cuh"
 #include "attention_cases.cuh"
+#include "kernels/device/splits.cuh"
 
 namespace {
 
@@ -77,57 +79,93 @@ void check_full(Report& report, Heads h, int window, int tokens, bool quick = fa
                     ", error ", worst, ", control ", noticed ? "noticed" : "MISSED"));
 }
 
-void check_kept(Report& report, Heads h) {
-  const int tokens = 6000, tail_start = 5888, rows = 3;
+// `requests` of one sequence, each with fewer kept tokens than the one before; `uneven`: almost all in one head. How
+// the key axis is cut depends on all of them, so what must hold is the value, and the bits when the same call comes
+// again with other pages.
+void check_kept(Report& report, Heads h, int requests = 1, int rows = 3, bool uneven = false) {
+  const int tokens = 6000, tail_start = 5888;
   const Sequence s(h, tokens);
   const int max_kept_pages = 5200 / h.page_size + 1, max_tail_pages = 2 + (tokens - tail_start) / h.page_size;
-  const Buffer kept_pool(h.kv_heads * max_kept_pages * h.head_page_bytes()), tail_pool(max_tail_pages * h.page_bytes());
-  kept_pool.poison();
-  tail_pool.poison();
-  const Buffer kept_table = upload(scattered(kept_pool, h.head_page_bytes(), h.kv_heads * max_kept_pages, 1));
-  const Buffer tail_table = upload(scattered(tail_pool, h.page_bytes(), max_tail_pages, 2));
-  std::vector<std::vector<int>> visible(h.kv_heads);
-  std::vector<int32_t> kept_len;
+  std::vector<std::vector<int>> kept(h.kv_heads);
   std::mt19937 random(3);
   for (int head = 0; head < h.kv_heads; ++head) {
-    auto kept = range(0, tail_start);
-    std::shuffle(kept.begin(), kept.end(), random);
-    kept.resize(head == 0 ? 0 : head == 1 ? 5133 : 100 + 61 * head);
-    kept_len.push_back(int(kept.size()));
-    if (!kept.empty()) {
-      const Buffer list = upload(kept);
-      fill_pages<<<int(kept.size()), 128>>>(s.k.get<Element>(), s.v.get<Element>(),
-                                            kept_table.get<int64_t>() + head * max_kept_pages, 0, list.get<int>(), h,
-                                            head);
+    kept[head] = range(0, tail_start);
+    std::shuffle(kept[head].begin(), kept[head].end(), random);
+    kept[head].resize(head == 0 ? 0 : head == 1 ? 5133 : uneven ? 40 : 100 + 61 * head);
+  }
+  std::vector<int32_t> kept_len, offsets{0}, positions;
+  std::vector<std::vector<std::vector<int>>> seen;
+  const Buffer q(size_t(requests) * rows * h.q_row() * 2), out(q.bytes());
+  for (int r = 0; r < requests; ++r) {
+    std::vector<std::vector<int>> visible;
+    for (const auto& own : kept) {
+      visible.emplace_back(own.begin(), own.begin() + std::max(0, int(own.size()) - 301 * r));
+      kept_len.push_back(int(visible.back().size()));
+    }
+    VC_CUDA_CHECK(cudaMemcpy(q.get<Element>() + r * rows * h.q_row(), s.q_at(tokens - rows), rows * h.q_row() * 2,
+                             cudaMemcpyDeviceToDevice));
+    for (int position = tokens - rows; position < tokens; ++position) {
+      positions.push_back(position);
+      seen.push_back(visible);
+      for (auto& head : seen.back())
+        for (int token = tail_start; token <= position; ++token) head.push_back(token);
+    }
+    offsets.push_back(int(positions.size()));
+  }
+  const Buffer len = upload(kept_len), start = upload(std::vector<int32_t>(requests, tail_start)),
+               row_offsets = upload(offsets), row_position = upload(positions);
+  KeptAttentionParams p{};
+  p.q = q.get(), p.out = out.get(), p.kept_len = len.get<int>(), p.tail_start = start.get<int>();
+  p.row_offsets = row_offsets.get<int>(), p.row_position = row_position.get<int>();
+  p.q_stride_row = int64_t(h.q_row()), p.q_stride_head = h.head_dim, p.kept_stride_head = max_kept_pages;
+  p.rows = rows * requests, p.requests = requests, p.q_heads = h.q_heads, p.kv_heads = h.kv_heads;
+  p.head_dim = h.head_dim, p.page_size = h.page_size, p.max_kept_pages = max_kept_pages;
+  p.max_tail_pages = max_tail_pages, p.scale = h.scale(), p.dtype = DType::kBFloat16;
+  p.kept_stride_request = int64_t(h.kv_heads) * max_kept_pages, p.tail_stride_request = max_tail_pages;
+
+  const auto run = [&](unsigned seed, bool settled) {
+    const int head_pages = h.kv_heads * max_kept_pages;
+    const Buffer kept_pool(head_pages * h.head_page_bytes()), tail_pool(max_tail_pages * h.page_bytes());
+    kept_pool.poison();
+    tail_pool.poison();
+    auto kept_pages = scattered(kept_pool, h.head_page_bytes(), head_pages, seed);
+    auto tail_pages = scattered(tail_pool, h.page_bytes(), max_tail_pages, seed + 1);
+    for (int r = 1; r < requests; ++r) {  // all share them
+      kept_pages.insert(kept_pages.end(), kept_pages.begin(), kept_pages.begin() + head_pages);
+      tail_pages.insert(tail_pages.end(), tail_pages.begin(), tail_pages.begin() + max_tail_pages);
+    }
+    const Buffer kept_table = upload(kept_pages), tail_table = upload(tail_pages);
+    for (int head = 0; head < h.kv_heads; ++head) {
+      if (kept[head].empty()) continue;
+      const Buffer list = upload(kept[head]);
+      fill_pages<<<int(kept[head].size()), 128>>>(s.k.get<Element>(), s.v.get<Element>(),
+                                                  kept_table.get<int64_t>() + head * max_kept_pages, 0, list.get<int>(),
+                                                  h, head);
       VC_CUDA_CHECK(cudaDeviceSynchronize());
     }
-    visible[head] = kept;
-  }
-  fill_pages<<<tokens - tail_start, 128>>>(s.k.get<Element>(), s.v.get<Element>(), tail_table.get<int64_t>(),
-                                           tail_start, nullptr, h, -1);
-  const Buffer len = upload(kept_len), start = upload(std::vector<int32_t>{tail_start}),
-               offsets = upload(std::vector<int32_t>{0, rows}),
-               positions = upload(std::vector<int32_t>{tokens - 3, tokens - 2, tokens - 1});
-  const Buffer out(rows * h.q_row() * 2);
-  out.poison();
-  KeptAttentionParams p{};
-  p.q = s.q_at(tokens - rows), p.out = out.get(), p.kept_table = kept_table.get<int64_t>(), p.kept_len = len.get<int>();
-  p.tail_table = tail_table.get<int64_t>(), p.tail_start = start.get<int>(), p.row_offsets = offsets.get<int>();
-  p.row_position = positions.get<int>(), p.q_stride_row = int64_t(h.q_row()), p.q_stride_head = h.head_dim;
-  p.kept_stride_request = int64_t(h.kv_heads) * max_kept_pages, p.kept_stride_head = max_kept_pages;
-  p.tail_stride_request = max_tail_pages, p.rows = rows, p.requests = 1, p.q_heads = h.q_heads;
-  p.kv_heads = h.kv_heads, p.head_dim = h.head_dim, p.page_size = h.page_size, p.max_kept_pages = max_kept_pages;
-  p.max_tail_pages = max_tail_pages, p.scale = h.scale(), p.dtype = DType::kBFloat16;
-  const Buffer workspace = workspace_for(p, cuda::kept_attention_workspace_bytes);
-  cuda::kept_attention(p, nullptr);
-  const auto got = out.to_host<uint16_t>();
-  std::vector<std::vector<std::vector<int>>> seen(rows, visible);
-  for (int i = 0; i < rows; ++i)
-    for (auto& head : seen[i])
-      for (int token = tail_start; token <= tokens - rows + i; ++token) head.push_back(token);
-  const double error =
-      relative_error(s.q_at(tokens - rows), s.k_floats.get<float>(), s.v_floats.get<float>(), h, seen, got);
-  report.check(shape_name("kept", h), error < 6e-3, text("error ", error));
+    fill_pages<<<tokens - tail_start, 128>>>(s.k.get<Element>(), s.v.get<Element>(), tail_table.get<int64_t>(),
+                                             tail_start, nullptr, h, -1);
+    VC_CUDA_CHECK(cudaDeviceSynchronize());
+    p.kept_table = kept_table.get<int64_t>(), p.tail_table = tail_table.get<int64_t>();
+    p.tables_settled = p.cache_settled = settled;
+    const Buffer workspace = workspace_for(p, cuda::kept_attention_workspace_bytes);
+    out.poison();
+    cuda::kept_attention(p, nullptr);
+    return out.to_host<uint16_t>();
+  };
+  const auto got = run(1, false);
+  const bool same = run(2, false) == got && run(3, true) == got;
+  const double error = relative_error(q.get<Element>(), s.k_floats.get<float>(), s.v_floats.get<float>(), h, seen, got);
+  auto* changed = s.k.get<uint16_t>() + (size_t(kept[1][9]) * h.kv_heads + 1) * h.head_dim;  // all requests have it
+  std::vector<uint16_t> key(h.head_dim);
+  VC_CUDA_CHECK(cudaMemcpy(key.data(), changed, key.size() * 2, cudaMemcpyDeviceToHost));
+  for (auto& element : key) element ^= 0x80;
+  VC_CUDA_CHECK(cudaMemcpy(changed, key.data(), key.size() * 2, cudaMemcpyHostToDevice));
+  const bool noticed = run(1, false) != got;
+  report.check(text(shape_name("kept", h), " requests ", requests, " rows ", rows, uneven ? " uneven" : ""),
+               same && noticed && error < 6e-3,
+               text("error ", error, same ? ", the same in other pages" : ", NOT the same in other pages", ", control ",
+                    noticed ? "noticed" : "MISSED"));
 }
 
 void check_quant(Report& report, Heads h, int bits, int group, int rows = 2) {
@@ -191,8 +229,11 @@ int main(int argc, char** argv) try {
     check_full(report, {16, 1, 128, 256}, 0, 700);
     check_full(report, {8, 2, 64, 64}, 1000, 2100);
     check_full(report, {6, 2, 96, 64}, 0, 300);  // no tensor cores
-    check_kept(report, {32, 8, 128, 64});
+    for (const int requests : {1, 2, 9})         // few units, and with 9 many
+      for (const int rows : {1, 3, 40}) check_kept(report, {32, 8, 128, 64}, requests, rows);
+    check_kept(report, {32, 32, 128, 64}, 1, 1, true);  // one head with more pieces than there is memory for
     check_kept(report, {8, 2, 64, 16});
+    check_kept(report, {8, 2, 64, 16}, 3, 1);
   }
   for (const int bits : {8, 4, 2}) {
     check_quant(report, {32, 8, 128, 64}, bits, 32);
@@ -214,6 +255,7 @@ int main(int argc, char** argv) try {
   check_quant(report, {4, 2, 64, 16}, 6, 16);
   constexpr int kTimed[][2] = {{8, 4}, {8, 32}, {8, 128}, {1, 32}, {1, 128}};  // requests, K tokens
   for (const auto& [requests, kilo] : kTimed) BitwiseAttention(requests, kilo * 1024).check(report);
+  BitwiseAttention(1, cuda::AbsoluteSplits::kMiddleEnd + 64).check(report);  // rows on both sides of a new length
   std::printf("%d failures\n", report.failures());
   return report.failures() > 0;
 } catch (const std::exception& e) {

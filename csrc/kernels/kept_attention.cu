@@ -1,9 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Draft attention over kept tokens: per-head compact pages, then the full-precision tail. The kernels are those of
 // device/warpgroup_attention.cuh (Hopper) and device/split_attention.cuh (other GPUs), both bf16 with head_dim 64 and
-// 128, and of device/simple_attention.cuh (the rest). Here: where a token lies. Tokens are numbered 0 .. kept_len-1 for
-// the kept rows of a head, then, from the next multiple of the tile on, tail_start, tail_start + 1, ...; between them
-// lies a hole that is never read.
+// 128, and of device/simple_attention.cuh (the rest). Here: where a token lies, and where the key axis is cut. Tokens
+// are numbered 0 .. kept_len-1 for the kept rows of a head, then, from the next multiple of the tile on, tail_start,
+// tail_start + 1, ...; between them lies a hole that is never read.
+//
+// Reduction order: as in those kernels, but free of R1. Few units (request, KV head) are cut into even pieces, one a
+// block, so the cuts depend on the lengths and rows of the whole batch, its table widths and the number of
+// multiprocessors; the same call gives the same bits, wherever the pages lie. Held by bench/gpu/attention_check.cu.
 #include "device/element.cuh"
 #include "device/simple_attention.cuh"
 #include "device/split_attention.cuh"
@@ -13,9 +17,53 @@
 namespace vericache::cuda {
 namespace {
 
+// Pieces of `shorter` tokens up to split `shorter_splits`, of `longer` from there on.
+struct KeptSplits {
+  int shorter, shorter_splits, longer;
+  static constexpr int kKinds = 2;  // longer, shorter
+
+  __host__ __device__ constexpr int of(int token) const {
+    const int rest = token - shorter * shorter_splits;
+    return rest < 0 ? token / shorter : shorter_splits + rest / longer;
+  }
+  __host__ __device__ constexpr int begin(int split) const {
+    return split < shorter_splits ? split * shorter : shorter * shorter_splits + (split - shorter_splits) * longer;
+  }
+  __device__ int first_of(int kind) const { return kind == 0 ? shorter_splits : 0; }
+  __device__ int weight(int kind) const { return kind == 0 ? longer / shorter : 1; }
+};
+
+// Many units: enough pieces for any grid, the short ones to even out the end.
+__host__ __device__ constexpr KeptSplits for_many_units() { return {512, 4, 2048}; }
+constexpr int kLeastTiles = 4;  // of an even piece
+
+__host__ __device__ constexpr int tiles_of(int tokens) { return (tokens + kTileTokens - 1) / kTileTokens; }
+
+struct KeptParams : KeptAttentionParams {
+  int pieces = 0;       // whole even pieces wanted, of all units together; 0: for_many_units()
+  int least_tiles = 0;  // of an even piece, so that no unit has more pieces than there is memory for
+  int max_splits = 0;   // of one unit
+};
+
 struct KeptKeys {
-  using Params = KeptAttentionParams;
+  using Params = KeptParams;
+  using Splits = KeptSplits;
   static constexpr bool kPerHead = true;
+
+  // Every warp of every block, of the merge too, comes to the same: a request's tail is measured by its last row. That
+  // only sets a length; it need not be the longest tail.
+  static __device__ Splits splits(const Params& p) {
+    if (p.pieces == 0) return for_many_units();
+    int tiles = 0;
+    for (int unit = int(threadIdx.x) % 32; unit < p.requests * p.kv_heads; unit += 32) {
+      const int request = unit / p.kv_heads, kept = p.kept_len[unit], start = p.tail_start[request];
+      const int first = p.row_offsets[request], end = p.row_offsets[request + 1];
+      if (end > first) tiles += tiles_of(kept) + tiles_of(max(0, p.row_position[end - 1] + 1 - start));
+    }
+    tiles = __reduce_add_sync(0xffffffffu, tiles);
+    const int length = max(p.least_tiles, (tiles + p.pieces - 1) / p.pieces) * kTileTokens;
+    return {length, 0, length};
+  }
 
   static __device__ __forceinline__ Span span(const Params& p, int request, int kv_head, int, int last_position) {
     const int kept = p.kept_len[request * p.kv_heads + kv_head];
@@ -80,31 +128,51 @@ bool takes_tensor_cores(const KeptAttentionParams& p) {
   return p.dtype == DType::kBFloat16 && (p.head_dim == 64 || p.head_dim == 128) && p.page_size >= kGranuleTokens;
 }
 
-int max_splits(const KeptAttentionParams& p) {
-  return splits_for((p.max_kept_pages + p.max_tail_pages) * p.page_size + kTileTokens);
+// How the key axis is cut. A unit ends with a piece that is not whole, so with one whole piece less for each unit there
+// is at most one piece a block. With more units than a quarter of the blocks these ends would leave too much to chance.
+KeptParams planned(const KeptAttentionParams& p) {
+  constexpr int kMostRows = 64;  // of a block
+  const int units = std::max(1, p.requests * p.kv_heads), requests = std::max(1, p.requests);
+  const int64_t item_rows = int64_t(p.rows) * (p.q_heads / p.kv_heads);
+  const int blocks = int(device_info().multiprocessors / ((item_rows - 1) / (kMostRows * requests) + 1));
+  const int tiles = tiles_of((p.max_kept_pages + p.max_tail_pages) * p.page_size) + 1;  // of one unit, with its hole
+  KeptParams plan{p};
+  if (4 * units > blocks) {
+    plan.max_splits = splits_for(for_many_units(), tiles * kTileTokens);
+    return plan;
+  }
+  plan.pieces = blocks - units;
+  // Memory for units of four times the mean length; if one is longer, all get longer pieces.
+  plan.max_splits = std::min((tiles + kLeastTiles - 1) / kLeastTiles, 4 * plan.pieces / units + 1);
+  plan.least_tiles = std::max(kLeastTiles, (tiles + plan.max_splits - 1) / plan.max_splits);
+  return plan;
 }
 
 template <int kHeadDim>
-void launch_for(const KeptAttentionParams& p, cudaStream_t stream) {
+void launch_for(const KeptParams& p, cudaStream_t stream) {
+  const int64_t item_rows = int64_t(p.rows) * (p.q_heads / p.kv_heads);  // of all requests
   if (device_info().hopper) {
-    if (int64_t(p.rows) * (p.q_heads / p.kv_heads) <= 8 * int64_t(p.requests))
-      launch_few_rows<KeptKeys, kHeadDim>(p, max_splits(p), stream);
+    if (item_rows > 8 * int64_t(p.requests))
+      launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 64>>(p, p.max_splits, stream);
+    else if (p.pieces > 0)
+      launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 8, 1>>(p, p.max_splits, stream);
     else
-      launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 64>>(p, max_splits(p), stream);
+      launch_few_rows<KeptKeys, kHeadDim>(p, p.max_splits, stream);
     return;
   }
-  if (int64_t(p.rows) * (p.q_heads / p.kv_heads) <= 16 * int64_t(p.requests))
-    launch_split_attention<KeptKeys, AttentionShape<kHeadDim, 1, 1, 4>>(p, max_splits(p), stream);
+  if (item_rows <= 16 * int64_t(p.requests))
+    launch_split_attention<KeptKeys, AttentionShape<kHeadDim, 1, 1, 4>>(p, p.max_splits, stream);
   else
-    launch_split_attention<KeptKeys, AttentionShape<kHeadDim, 1, 2, 4>>(p, max_splits(p), stream);
+    launch_split_attention<KeptKeys, AttentionShape<kHeadDim, 1, 2, 4>>(p, p.max_splits, stream);
 }
 
 }  // namespace
 
 size_t kept_attention_workspace_bytes(const KeptAttentionParams& p) {
   if (!takes_tensor_cores(p)) return 0;
-  return std::max(split_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim),
-                  warpgroup_attention_workspace_bytes(p.rows, p.q_heads, max_splits(p), p.head_dim));
+  const int max_splits = planned(p).max_splits;
+  return std::max(split_attention_workspace_bytes(p.rows, p.q_heads, max_splits, p.head_dim),
+                  warpgroup_attention_workspace_bytes(p.rows, p.q_heads, max_splits, p.head_dim));
 }
 
 void kept_attention(const KeptAttentionParams& p, cudaStream_t stream) {
@@ -112,16 +180,16 @@ void kept_attention(const KeptAttentionParams& p, cudaStream_t stream) {
   VC_CHECK(p.scale > 0.f, "scale is ", p.scale, "; attention needs a positive one.");
   if (!takes_tensor_cores(p)) {
     dispatch_element(p.dtype,
-                     [&](auto t) { launch_simple_attention<decltype(t), SimpleKeptKeys<decltype(t)>>(p, stream); });
+                     [&](auto t) { launch_simple_attention<decltype(t), SimpleKeptKeys<decltype(t)>>({p}, stream); });
     return;
   }
   VC_CHECK(p.q_stride_row % 2 == 0 && p.q_stride_head % 2 == 0 && reinterpret_cast<uintptr_t>(p.q) % 4 == 0,
            "q has strides ", p.q_stride_row, ", ", p.q_stride_head, " or an odd address; it must be 4-byte aligned.");
   switch (p.head_dim) {
     case 64:
-      return launch_for<64>(p, stream);
+      return launch_for<64>(planned(p), stream);
     case 128:
-      return launch_for<128>(p, stream);
+      return launch_for<128>(planned(p), stream);
     default:
       throw Error(detail::concat("head_dim ", p.head_dim, " has no tensor-core attention; use 64 or 128."));
   }

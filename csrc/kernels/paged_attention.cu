@@ -17,10 +17,12 @@ namespace {
 
 struct PagedKeys {
   using Params = PagedAttentionParams;
+  using Splits = AbsoluteSplits;
   // A page holds a power of two of tokens.
   static __device__ __forceinline__ int page_shift(const Params& p) { return 31 - __clz(p.page_size); }
   static constexpr bool kPerHead = false;
 
+  static __device__ Splits splits(const Params&) { return {}; }
   static __device__ __forceinline__ Span span(const Params& p, int, int, int first_position, int last_position) {
     return {p.window > 0 ? max(0, first_position + 1 - p.window) : 0, last_position + 1, 0, 0};
   }
@@ -63,7 +65,7 @@ bool takes_tensor_cores(const PagedAttentionParams& p) {
   return p.dtype == DType::kBFloat16 && (p.head_dim == 64 || p.head_dim == 128) && p.page_size >= kGranuleTokens;
 }
 
-int max_splits(const PagedAttentionParams& p) { return splits_for(p.max_pages * p.page_size); }
+int max_splits(const PagedAttentionParams& p) { return splits_for(AbsoluteSplits{}, p.max_pages * p.page_size); }
 
 template <int kHeadDim>
 void launch_for(const PagedAttentionParams& p, cudaStream_t stream) {

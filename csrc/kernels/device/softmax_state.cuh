@@ -73,6 +73,60 @@ struct StateRun {
 
 inline constexpr int kMergeGroup = 8;  // splits
 
+// A group of a row's splits as one warp holds it, kHeadDim / 32 channels a lane.
+template <int kHeadDim>
+struct MergeGroup {
+  static constexpr int kPer = kHeadDim / 32;
+  struct alignas(4 * kPer) Channels {
+    float at[kPer];
+  };
+  float2 ml[kMergeGroup];
+  Channels values[kMergeGroup];
+
+  // Splits begin .. begin + 7, as far as the run has them. All loads are independent.
+  __device__ __forceinline__ void load(const PartialStates& partial, const StateRun& run, int begin, int lane) {
+#pragma unroll
+    for (int i = 0; i < kMergeGroup; ++i) {
+      const int s = begin + i;
+      const bool mine = s >= run.begin && s < run.end;
+      const int64_t at = run.first + int64_t(s) * run.stride;
+      ml[i] = mine ? partial.ml[at] : make_float2(negative_infinity(), 0.f);
+      values[i] = mine ? reinterpret_cast<const Channels*>(partial.o + at * kHeadDim)[lane] : Channels{};
+    }
+  }
+  __device__ __forceinline__ void sum(float largest, float& l, float (&o)[kPer]) const {
+    l = 0.f;
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) o[j] = 0.f;
+#pragma unroll
+    for (int i = 0; i < kMergeGroup; ++i) {
+      const float weight = fast_exp2(__fsub_rn(ml[i].x, largest));
+      l = __fmaf_rn(ml[i].y, weight, l);
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) o[j] = __fmaf_rn(values[i].at[j], weight, o[j]);
+    }
+  }
+};
+
+// The largest m of a row, 0 if it has no key, for a whole warp. `meanwhile` sends for what does not depend on it.
+template <class Meanwhile>
+__device__ __forceinline__ float merge_reference(const PartialStates& partial, const StateRun& run, int lane,
+                                                 const Meanwhile& meanwhile) {
+  const auto m = [&](int s) {
+    return s < run.end ? partial.ml[run.first + int64_t(s) * run.stride].x : negative_infinity();
+  };
+  float largest = m(run.begin + lane);
+  const float other = m(run.begin + lane + 32);
+  meanwhile();
+  for (int s = run.begin + lane + 64; s < run.end; s += 32) largest = fmaxf(largest, m(s));
+  largest = fmaxf(largest, other);
+  for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+  return largest == negative_infinity() ? 0.f : largest;
+}
+
+// A row without a visible key is zeros; NaN stays.
+__device__ __forceinline__ float merged(float o, float l) { return l > 0.f || l != l ? __fdiv_rn(o, l) : 0.f; }
+
 // Warps a block of the merge for rows of at most `splits` splits; enters no bits.
 inline int merge_warps(int splits) { return splits <= 4 * kMergeGroup ? 4 : 8; }
 
@@ -97,46 +151,16 @@ __global__ void __launch_bounds__(32 * kWarps)
   let_next_kernel_start();
   wait_for_previous_kernel();
   if constexpr (!Runs::kFromInputs) run = runs.states(row, head);
-  float values[kMergeGroup][kPer];
-  float2 ml[kMergeGroup];
-  const auto load_group = [&](int begin) {
-#pragma unroll
-    for (int i = 0; i < kMergeGroup; ++i) {  // all loads first: they are independent
-      const int s = begin + i;
-      const bool mine = s >= run.begin && s < run.end;
-      const int64_t at = run.first + int64_t(s) * run.stride;
-      ml[i] = mine ? partial.ml[at] : make_float2(negative_infinity(), 0.f);
-      const float* from = partial.o + at * kHeadDim + lane * kPer;
-#pragma unroll
-      for (int j = 0; j < kPer; j += 2) {
-        const float2 pair = mine ? *reinterpret_cast<const float2*>(from + j) : make_float2(0.f, 0.f);
-        values[i][j] = pair.x;
-        values[i][j + 1] = pair.y;
-      }
-    }
-  };
-  const auto largest_of = [&](int s) {
-    return s < run.end ? partial.ml[run.first + int64_t(s) * run.stride].x : negative_infinity();
-  };
-  float largest = largest_of(run.begin + lane), other = largest_of(run.begin + lane + 32);
-  load_group(warp * kMergeGroup);  // on their way while the largest is found
-  for (int s = run.begin + lane + 64; s < run.end; s += 32) largest = fmaxf(largest, largest_of(s));
-  largest = fmaxf(largest, other);
-  for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-  if (largest == negative_infinity()) largest = 0.f;
+  MergeGroup<kHeadDim> group;
+  const float largest =
+      merge_reference(partial, run, lane, [&]() { group.load(partial, run, warp * kMergeGroup, lane); });
 
   float sum_l = 0.f, sum_o = 0.f;  // of channel threadIdx.x, for threadIdx.x < kHeadDim
   const int groups = (run.end + kMergeGroup - 1) / kMergeGroup;
   for (int first = 0; first < groups; first += kWarps) {
-    float o[kPer] = {}, l = 0.f;
-    if (first > 0) load_group((first + warp) * kMergeGroup);
-#pragma unroll
-    for (int i = 0; i < kMergeGroup; ++i) {
-      const float weight = fast_exp2(__fsub_rn(ml[i].x, largest));
-      l = __fmaf_rn(ml[i].y, weight, l);
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) o[j] = __fmaf_rn(values[i][j], weight, o[j]);
-    }
+    float o[kPer], l;
+    if (first > 0) group.load(partial, run, (first + warp) * kMergeGroup, lane);
+    group.sum(largest, l, o);
 #pragma unroll
     for (int j = 0; j < kPer; ++j) group_o[warp][lane * kPer + j] = o[j];
     if (lane == 0) group_l[warp] = l;
@@ -150,8 +174,7 @@ __global__ void __launch_bounds__(32 * kWarps)
     __syncthreads();
   }
   if (int(threadIdx.x) < kHeadDim) {
-    const float value = sum_l > 0.f || sum_l != sum_l ? __fdiv_rn(sum_o, sum_l) : 0.f;
-    out[(int64_t(row) * q_heads + head) * kHeadDim + threadIdx.x] = uint16_t(pack_bf16(value, 0.f));
+    out[(int64_t(row) * q_heads + head) * kHeadDim + threadIdx.x] = uint16_t(pack_bf16(merged(sum_o, sum_l), 0.f));
   }
 }
 
@@ -171,46 +194,22 @@ __global__ void __launch_bounds__(32 * kRowWarps)
   if (row >= rows) return;
   if constexpr (!Runs::kFromInputs) run = runs.states(row, head);
 
-  float largest = negative_infinity();
-  for (int s = run.begin + lane; s < run.end; s += 32)
-    largest = fmaxf(largest, partial.ml[run.first + int64_t(s) * run.stride].x);
-  for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-  if (largest == negative_infinity()) largest = 0.f;
-
+  int begin = run.begin / kMergeGroup * kMergeGroup;
+  MergeGroup<kHeadDim> group;
+  const float largest = merge_reference(partial, run, lane, [&]() { group.load(partial, run, begin, lane); });
   float sum_l = 0.f, sum_o[kPer] = {};
-  for (int begin = run.begin / kMergeGroup * kMergeGroup; begin < run.end; begin += kMergeGroup) {
-    float2 ml[kMergeGroup], values[kMergeGroup][kPer / 2];
-#pragma unroll
-    for (int i = 0; i < kMergeGroup; ++i) {
-      const int s = begin + i;
-      const bool mine = s >= run.begin && s < run.end;
-      const int64_t at = run.first + int64_t(s) * run.stride;
-      ml[i] = mine ? partial.ml[at] : make_float2(negative_infinity(), 0.f);
-#pragma unroll
-      for (int j = 0; j < kPer / 2; ++j)
-        values[i][j] = mine ? reinterpret_cast<const float2*>(partial.o + at * kHeadDim)[lane * (kPer / 2) + j]
-                            : make_float2(0.f, 0.f);
-    }
-    float l = 0.f, o[kPer] = {};
-#pragma unroll
-    for (int i = 0; i < kMergeGroup; ++i) {
-      const float weight = fast_exp2(__fsub_rn(ml[i].x, largest));
-      l = __fmaf_rn(ml[i].y, weight, l);
-#pragma unroll
-      for (int j = 0; j < kPer / 2; ++j) {
-        o[2 * j] = __fmaf_rn(values[i][j].x, weight, o[2 * j]);
-        o[2 * j + 1] = __fmaf_rn(values[i][j].y, weight, o[2 * j + 1]);
-      }
-    }
+  while (begin < run.end) {
+    float l, o[kPer];
+    group.sum(largest, l, o);
+    begin += kMergeGroup;
+    if (begin < run.end) group.load(partial, run, begin, lane);
     sum_l = __fadd_rn(sum_l, l);
 #pragma unroll
     for (int j = 0; j < kPer; ++j) sum_o[j] = __fadd_rn(sum_o[j], o[j]);
   }
-  const bool any = sum_l > 0.f || sum_l != sum_l;
   auto* to = reinterpret_cast<uint32_t*>(out + (int64_t(row) * q_heads + head) * kHeadDim) + lane * (kPer / 2);
 #pragma unroll
-  for (int j = 0; j < kPer / 2; ++j)
-    to[j] = pack_bf16(any ? __fdiv_rn(sum_o[2 * j], sum_l) : 0.f, any ? __fdiv_rn(sum_o[2 * j + 1], sum_l) : 0.f);
+  for (int j = 0; j < kPer / 2; ++j) to[j] = pack_bf16(merged(sum_o[2 * j], sum_l), merged(sum_o[2 * j + 1], sum_l));
 }
 
 template <int kHeadDim, class Runs>

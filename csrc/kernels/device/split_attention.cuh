@@ -131,6 +131,7 @@ struct AttentionBlock {
   __device__ void consume(int warp) const;
 
  private:
+  __device__ int split_begin(int split) const { return schedule.splits().begin(split); }
   __device__ __forceinline__ int take_item(int warp, int previous, int& turn) const {
     if (args.next_item == nullptr) return previous + 1;
     int taken = 0;
@@ -522,7 +523,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1)
   }
 }
 
-// Which splits a row has.
+// Which splits a row has. Called by whole warps.
 template <class Keys>
 struct RowSplits {
   typename Keys::Params p;
@@ -536,11 +537,12 @@ struct RowSplits {
       const int mid = (lo + hi) / 2;
       (p.row_offsets[mid] <= row ? lo : hi) = mid;
     }
+    const auto splits = Keys::splits(p);
     const int position = p.row_position[row];
     const Span span = Keys::span(p, lo, head / (p.q_heads / p.kv_heads), position, position);
     const int2 range = Keys::row_range(p, span, lo, position);
     if (range.y <= range.x) return {};
-    return {(int64_t(row) * p.q_heads + head) * max_splits, 1, split_of(range.x), splits_for(range.y)};
+    return {(int64_t(row) * p.q_heads + head) * max_splits, 1, splits.of(range.x), splits_for(splits, range.y)};
   }
 };
 

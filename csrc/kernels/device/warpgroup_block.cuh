@@ -104,6 +104,7 @@ struct WarpgroupBlock {
   __device__ void consume(int warp) const;
 
  private:
+  __device__ int split_begin(int split) const { return schedule.splits().begin(split); }
   __device__ int first_token(const WorkItem& work, const Span& span) const {
     return max(split_begin(work.split), span.lo / kTileTokens * kTileTokens);
   }
