@@ -18,8 +18,8 @@
 // warpgroup does it, and how many rows ride along, changes none of it. Partials merge as softmax_state.cuh says, in a
 // kernel of their own. Held by bench/gpu/attention_check.cu.
 //
-// While the warps weigh the scores of one tile, the tensor cores already work on the sums of the tile before and on the
-// scores of this one's successor: that changes when a product is made, not what enters it.
+// While the warps weigh the scores of one tile, the tensor cores work on the sums of the tile before, and of two
+// warpgroups on the other's products: that changes when a product is made, not what enters it.
 #pragma once
 
 #include <algorithm>

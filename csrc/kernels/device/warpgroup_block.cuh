@@ -11,7 +11,7 @@
 namespace vericache::cuda {
 
 // kRows: item rows a block takes at a time; 8 where requests have so few, 64 and 128 with one and two warpgroups. With
-// 8 the rows g + 8 of a warp's fragments are nobody's, and warps 1 to 3 repeat warp 0. kBlocks: blocks a
+// 8 the rows g + 8 of a warp's fragments are nobody's, and warps 1 to 3 have none at all. kBlocks: blocks a
 // multiprocessor; of two, one keeps the memory busy while the other begins or ends an item.
 template <int kHeadDim_, int kRows_, int kBlocks_ = 1>
 struct WarpgroupShape {

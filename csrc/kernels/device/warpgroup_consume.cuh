@@ -26,9 +26,34 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
   bool active = false;  // this warpgroup has rows in the item
   int2 range[2] = {};   // of keys, of rows g and g + 8
   uint32_t q[kSteps][4];
-  float s[32], o[kParts][32];
+  float s[32], o[32 * kParts];  // of o: channels 8 n + 2 t, + 1 of row g at 4 n, of row g + 8 at 4 n + 2
   float l[2];
   RunningMax m[2];
+
+  // With 8 rows, warps 1 to 3 are there because wgmma takes four. Their q is zero, hence their scores, and zero is what
+  // pack makes of those: they need not weigh, and zeros cost the tensor cores less power.
+  const bool idle = Shape::kRows == 8 && warp > 0;
+
+  // Both warpgroups wait for the same tiles. Left alone they would use the tensor cores at the same time and then weigh
+  // at the same time; so they take turns at issuing, and one weighs while the other's products are made.
+  constexpr bool kTakeTurns = Shape::kWarpgroups == 2;
+  constexpr int kTurn[2] = {1, 2}, kTakers = 256;  // named barriers; of the first, one turn is passed ahead
+  bool turns = false;                              // both warpgroups have rows in the item
+  const auto take_turn = [&]() {
+    if (!kTakeTurns || !turns) return;
+    if (warp < 4)
+      named_barrier(kTurn[0], kTakers);
+    else
+      named_barrier(kTurn[1], kTakers);
+  };
+  const auto pass_turn = [&]() {
+    if (!kTakeTurns || !turns) return;
+    if (warp < 4)
+      named_barrier_arrive(kTurn[1], kTakers);
+    else
+      named_barrier_arrive(kTurn[0], kTakers);
+  };
+  if (kTakeTurns && warp >= 4) named_barrier_arrive(kTurn[0], kTakers);
 
   const auto release = [&](int slot) {
     __syncwarp();
@@ -46,6 +71,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     const int local = warp * 16 + g;  // of the block's rows
     const int rows = min(Shape::kRows, item_rows - work.row_block * Shape::kRows);
     active = warp / 4 * 64 < rows;
+    turns = rows > 64;
     tight_lo = Keys::row_range(p, span, work.request, schedule.last_pos[work.request]).x;
     tight_hi = Keys::row_range(p, span, work.request, schedule.first_pos[work.request]).y;
     hole_begin = span.hole_begin;
@@ -62,36 +88,45 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     for (int k = 0; k < kSteps; ++k)
       ldmatrix_x4(q[k],
                   swizzled(base + uint32_t(Smem::kQ + k / 4 * Shape::kQRows * 128), row, 128, k % 4 * 2 + lane / 16));
+    if (idle) {
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) q[k][i] = 0;
+    }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(base + Smem::kQEmpty);
 #pragma unroll
-    for (int part = 0; part < kParts; ++part)
-#pragma unroll
-      for (int e = 0; e < 32; ++e) o[part][e] = 0.f;
+    for (int e = 0; e < 32 * kParts; ++e) o[e] = 0.f;
   };
 
+  // A lane of an even t and its neighbour exchange halves, so that each has four channels in a row, of n and of n + 1:
+  // a store touches the lines of 8 rows, however wide it is, and this way there are half as many.
   const auto finish = [&](int index) {
     const WorkItem work = schedule.item(p, Shape::kRows, index);
     const int query0 = schedule.row_offset[work.request];
     const int split_lo = split_begin(work.split), split_hi = split_begin(work.split + 1);
     const int skipped = work.row_block * Shape::kRows + warp * 16;
+    const bool odd = t % 2 != 0;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       float sum = l[half];
       sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 1));
       sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 2));
       const int i = skipped + half * 8 + g;
-      if (range[half].y <= max(split_lo, range[half].x) || range[half].x >= split_hi) continue;
+      const bool seen = range[half].y > max(split_lo, range[half].x) && range[half].x < split_hi;
       const int64_t row = query0 + i / group;
       const int64_t at = (row * p.q_heads + work.kv_head * group + i % group) * args.max_splits + work.split;
-      float* to = args.partial.o + at * Shape::kHeadDim + t * 2;
+      float* to = args.partial.o + at * Shape::kHeadDim + t / 2 * 4 + t % 2 * 8;
 #pragma unroll
-      for (int part = 0; part < kParts; ++part)
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
-          *reinterpret_cast<float2*>(to + part * 64 + n * 8) =
-              make_float2(o[part][n * 4 + half * 2], o[part][n * 4 + half * 2 + 1]);
-      if (t == 0) args.partial.ml[at] = make_float2(m[half].stored(c), sum);
+      for (int n = 0; n < 8 * kParts; n += 2) {
+        const float* own = o + n * 4 + half * 2;
+        const float x = __shfl_xor_sync(0xffffffffu, odd ? own[0] : own[4], 1);
+        const float y = __shfl_xor_sync(0xffffffffu, odd ? own[1] : own[5], 1);
+        const float4 four = {odd ? x : own[0], odd ? y : own[1], odd ? own[4] : x, odd ? own[5] : y};
+        if (seen) *reinterpret_cast<float4*>(to + n * 8) = four;
+      }
+      if (seen && t == 0) args.partial.ml[at] = make_float2(m[half].stored(c), sum);
     }
   };
 
@@ -107,13 +142,15 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
 
   using Weights = uint32_t[kTileTokens / 16][4];
   const auto issue_sums = [&](int at, const Weights& weights) {
-    const uint32_t slot = wgmma_operand_low(base + uint32_t(at * Shape::kSlotBytes));
+    const uint32_t address = base + uint32_t(at * Shape::kSlotBytes);
     wgmma_begin();
 #pragma unroll
-    for (int k16 = 0; k16 < kTileTokens / 16; ++k16)
-#pragma unroll
-      for (int part = 0; part < kParts; ++part)
-        wgmma_n64k16<true, true>(o[part], weights[k16], slot + uint32_t(part * Shape::kPartBytes / 16 + 128 * k16));
+    for (int k16 = 0; k16 < kTileTokens / 16; ++k16) {
+      if constexpr (kParts == 2)
+        wgmma_n128k16(o, weights[k16], wgmma_blocks_low(address, Shape::kPartBytes) + uint32_t(128 * k16));
+      else
+        wgmma_n64k16<true, true>(o, weights[k16], wgmma_operand_low(address) + uint32_t(128 * k16));
+    }
     wgmma_commit();
   };
 
@@ -178,7 +215,10 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     mbarrier_wait(base + Smem::kQFull, q_parity);
     q_parity ^= 1;
     const int index = *item;
-    if (index < 0) break;
+    if (index < 0) {
+      if (kTakeTurns && warp < 4) named_barrier(kTurn[0], kTakers);  // the turn that nobody took
+      break;
+    }
     start(index);
     if (!active) {
       for (; token < end; token += kTileTokens) {
@@ -192,48 +232,65 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
       continue;
     }
 
+    // An iteration begins by ending the sums of the tile before the last and ends by weighing the last tile: between
+    // the two lies the loop's edge, over which the assembler moves nothing. Within one block it puts the wait before
+    // the weighing, and both take their time one after the other.
     Weights weights;
-    float rescale[2];
-    mbarrier_wait(full + 8 * ring.slot, ring.parity);
-    issue_scores(ring.slot);
-    wgmma_wait_pending<0>();
-    wgmma_settle(s);
-    release(ring.slot);
-    ring.next(Shape::kSlots);
-    weigh(rescale);  // nothing summed yet: nothing to rescale
-    pack(weights);
-    for (token += kTileTokens; token < end; token += kTileTokens) {
-      const int sums_slot = ring.slot;
-      const uint32_t sums_parity = ring.parity;
-      ring.next(Shape::kSlots);
-      mbarrier_wait(full + 8 * ring.slot, ring.parity);
-      issue_scores(ring.slot);
-      mbarrier_wait(full + 8 * sums_slot, sums_parity);
-      issue_sums(sums_slot, weights);
-      wgmma_wait_pending<1>();  // the scores
-      wgmma_settle(s);
-      release(ring.slot);
-      ring.next(Shape::kSlots);
-      weigh(rescale);
+    float rescale[2] = {1.f, 1.f};
+    int summed = -1;  // the slot that the sums under way read
+    const auto end_sums = [&]() {
       wgmma_wait_pending<0>();
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) wgmma_settle(o[part]);
-      release(sums_slot);
+      wgmma_settle(o);
+      if (summed >= 0) release(summed);
+    };
+    const auto take_weights = [&]() {
       pack(weights);
       if (__any_sync(0xffffffffu, rescale[0] != 1.f || rescale[1] != 1.f)) {
 #pragma unroll
-        for (int part = 0; part < kParts; ++part)
-#pragma unroll
-          for (int e = 0; e < 32; ++e) o[part][e] = __fmul_rn(o[part][e], rescale[e % 4 / 2]);
+        for (int e = 0; e < 32 * kParts; ++e) o[e] = __fmul_rn(o[e], rescale[e % 4 / 2]);
       }
-    }
+    };
+    const auto weigh_scores = [&]() {
+      wgmma_settle(s);
+      release(ring.slot);
+      ring.next(Shape::kSlots);
+      if (idle)
+        rescale[0] = rescale[1] = 1.f;
+      else
+        weigh(rescale);
+    };
+
     mbarrier_wait(full + 8 * ring.slot, ring.parity);
-    issue_sums(ring.slot, weights);
+    take_turn();
+    issue_scores(ring.slot);
+    pass_turn();
     wgmma_wait_pending<0>();
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) wgmma_settle(o[part]);
-    release(ring.slot);
+    weigh_scores();
+    for (token += kTileTokens; token < end; token += kTileTokens) {
+      end_sums();
+      take_weights();
+      summed = ring.slot;
+      const uint32_t sums_parity = ring.parity;
+      ring.next(Shape::kSlots);
+      mbarrier_wait(full + 8 * ring.slot, ring.parity);
+      if (kTakeTurns) mbarrier_wait(full + 8 * summed, sums_parity);  // no waiting for data in one's turn
+      take_turn();
+      issue_scores(ring.slot);
+      if (!kTakeTurns) mbarrier_wait(full + 8 * summed, sums_parity);
+      issue_sums(summed, weights);
+      pass_turn();
+      wgmma_wait_pending<1>();  // the scores
+      weigh_scores();
+    }
+    end_sums();
+    take_weights();
+    summed = ring.slot;
+    mbarrier_wait(full + 8 * summed, ring.parity);
     ring.next(Shape::kSlots);
+    take_turn();
+    issue_sums(summed, weights);
+    pass_turn();
+    end_sums();
     finish(index);
   }
 }
