@@ -7,7 +7,7 @@
 // registers of one quad of lanes: consumer warps exchange nothing.
 //
 // Shared memory: a ring of slots of one tile (64 tokens of K, or of V), each head_dim / 64 parts of [64 tokens][128
-// bytes] in the hardware's 128-byte swizzle; an item's index, its q in parts of the same form, and the positions of
+// bytes] in the hardware's 128-byte swizzle; an item's record, its q in parts of the same form, and the positions of
 // its rows; barriers; the schedule. Whole tiles come as bulk copies, whose bytes the slot's barrier counts. A tile with
 // tokens that must not be read is copied by the producer's lanes, which put zeros there, so that memory past a
 // request's last token may hold anything.

@@ -60,26 +60,23 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     if (lane == 0) mbarrier_arrive(empty + 8 * slot);
   };
 
-  // Looked up at the start and again at the end of an item: registers are short between.
-  const auto start = [&](int index) {
-    const WorkItem work = schedule.item(p, Shape::kRows, index);
-    const Span span = schedule.span[work.unit];
-    token = first_token(work, span);
-    end = end_token(work, span);
-    const int query0 = schedule.row_offset[work.request];
-    const int item_rows = (schedule.row_offset[work.request + 1] - query0) * group;
+  // What is needed at an item's end is read again then: registers are short between.
+  const auto start = [&](const volatile ItemRecord& item) {
+    const Span span{item.span.lo, item.span.hi, item.span.hole_begin, item.span.hole_end};
     const int local = warp * 16 + g;  // of the block's rows
-    const int rows = min(Shape::kRows, item_rows - work.row_block * Shape::kRows);
+    const int rows = item.rows, request = item.request;
+    token = item.token;
+    end = item.end;
     active = warp / 4 * 64 < rows;
     turns = rows > 64;
-    tight_lo = Keys::row_range(p, span, work.request, schedule.last_pos[work.request]).x;
-    tight_hi = Keys::row_range(p, span, work.request, schedule.first_pos[work.request]).y;
+    tight_lo = item.tight_lo;
+    tight_hi = item.tight_hi;
     hole_begin = span.hole_begin;
     hole_end = span.hole_end;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const bool exists = local + half * 8 < rows;
-      range[half] = exists ? Keys::row_range(p, span, work.request, positions[local + half * 8]) : make_int2(0, 0);
+      range[half] = exists ? Keys::row_range(p, span, request, positions[local + half * 8]) : make_int2(0, 0);
       m[half].raw = negative_infinity();
       l[half] = 0.f;
     }
@@ -102,11 +99,10 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
 
   // A lane of an even t and its neighbour exchange halves, so that each has four channels in a row, of n and of n + 1:
   // a store touches the lines of 8 rows, however wide it is, and this way there are half as many.
-  const auto finish = [&](int index) {
-    const WorkItem work = schedule.item(p, Shape::kRows, index);
-    const int query0 = schedule.row_offset[work.request];
-    const int split_lo = split_begin(work.split), split_hi = split_begin(work.split + 1);
-    const int skipped = work.row_block * Shape::kRows + warp * 16;
+  const auto finish = [&](const volatile ItemRecord& item) {
+    const int split = item.split, split_lo = split_begin(split), split_hi = split_begin(split + 1);
+    const int64_t state = item.state;
+    const int skipped = item.first_row + warp * 16;
     const bool odd = t % 2 != 0;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
@@ -115,8 +111,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
       sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 2));
       const int i = skipped + half * 8 + g;
       const bool seen = range[half].y > max(split_lo, range[half].x) && range[half].x < split_hi;
-      const int64_t row = query0 + i / group;
-      const int64_t at = (row * p.q_heads + work.kv_head * group + i % group) * args.max_splits + work.split;
+      const int64_t at = state + (int64_t(i / group) * p.q_heads + i % group) * args.max_splits;
       float* to = args.partial.o + at * Shape::kHeadDim + t / 2 * 4 + t % 2 * 8;
 #pragma unroll
       for (int n = 0; n < 8 * kParts; n += 2) {
@@ -213,13 +208,13 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
 
   while (true) {
     mbarrier_wait(base + Smem::kQFull, q_parity);
+    const volatile ItemRecord& item = records[q_parity];
     q_parity ^= 1;
-    const int index = *item;
-    if (index < 0) {
+    if (item.rows < 0) {
       if (kTakeTurns && warp < 4) named_barrier(kTurn[0], kTakers);  // the turn that nobody took
       break;
     }
-    start(index);
+    start(item);
     if (!active) {
       for (; token < end; token += kTileTokens) {
 #pragma unroll
@@ -291,7 +286,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     issue_sums(summed, weights);
     pass_turn();
     end_sums();
-    finish(index);
+    finish(item);
   }
 }
 
