@@ -7,7 +7,7 @@
 // registers of one quad of lanes: consumer warps exchange nothing.
 //
 // Shared memory: a ring of slots of one tile (64 tokens of K, or of V), each head_dim / 64 parts of [64 tokens][128
-// bytes] in the hardware's 128-byte swizzle; an item's index, its q in parts of the same form, and the positions of
+// bytes] in the hardware's 128-byte swizzle; an item's record, its q in parts of the same form, and the positions of
 // its rows; barriers; the schedule. Whole tiles come as bulk copies, whose bytes the slot's barrier counts. A tile with
 // tokens that must not be read is copied by the producer's lanes, which put zeros there, so that memory past a
 // request's last token may hold anything.
@@ -18,8 +18,8 @@
 // warpgroup does it, and how many rows ride along, changes none of it. Partials merge as softmax_state.cuh says, in a
 // kernel of their own. Held by bench/gpu/attention_check.cu.
 //
-// While the warps weigh the scores of one tile, the tensor cores already work on the sums of the tile before and on the
-// scores of this one's successor: that changes when a product is made, not what enters it.
+// While the warps weigh the scores of one tile, the tensor cores work on the sums of the tile before, and of two
+// warpgroups on the other's products: that changes when a product is made, not what enters it.
 #pragma once
 
 #include <algorithm>

@@ -11,7 +11,7 @@
 namespace vericache::cuda {
 
 // kRows: item rows a block takes at a time; 8 where requests have so few, 64 and 128 with one and two warpgroups. With
-// 8 the rows g + 8 of a warp's fragments are nobody's, and warps 1 to 3 repeat warp 0. kBlocks: blocks a
+// 8 the rows g + 8 of a warp's fragments are nobody's, and warps 1 to 3 have none at all. kBlocks: blocks a
 // multiprocessor; of two, one keeps the memory busy while the other begins or ends an item.
 template <int kHeadDim_, int kRows_, int kBlocks_ = 1>
 struct WarpgroupShape {
@@ -53,6 +53,17 @@ struct WarpgroupArgs {
   CUtensorMap map;
 };
 
+// What consumers must know of an item; the producer has looked it up anyway.
+struct ItemRecord {
+  Span span;
+  int64_t state;  // of the request's first row and the KV head's first query head
+  int rows;       // of this block; -1: no more items
+  int first_row;  // of the request's, row * group + head
+  int request, split;
+  int token, end;          // tiles from token on, keys up to end
+  int tight_lo, tight_hi;  // every row sees keys tight_lo .. tight_hi - 1
+};
+
 template <class Shape>
 struct WarpgroupSmem {
   static constexpr int kQ = Shape::kSlots * Shape::kSlotBytes;  // the ring comes first
@@ -60,8 +71,8 @@ struct WarpgroupSmem {
   static constexpr int kFull = kPositions + Shape::kQRows * int(sizeof(int));
   static constexpr int kEmpty = kFull + Shape::kSlots * 8;
   static constexpr int kQFull = kEmpty + Shape::kSlots * 8, kQEmpty = kQFull + 8;
-  static constexpr int kItem = kQEmpty + 8;
-  static constexpr int kSchedule = (kItem + int(sizeof(int)) + 15) / 16 * 16;
+  static constexpr int kItems = (kQEmpty + 8 + 15) / 16 * 16;
+  static constexpr int kSchedule = (kItems + 2 * int(sizeof(ItemRecord)) + 15) / 16 * 16;
 
   template <class Keys>
   static size_t bytes(int requests, int kv_heads) {
@@ -75,7 +86,7 @@ struct WarpgroupBlock {
   const WarpgroupArgs<Keys>& args;
   Schedule<Keys> schedule;
   uint32_t base, full, empty;
-  volatile int* item;  // whose q is there; -1: no more
+  volatile ItemRecord* records;  // of the item whose q is there, and of the one before it or after it
   const volatile int* positions;
 
   __device__ WarpgroupBlock(const WarpgroupArgs<Keys>& a, unsigned char* smem) : args(a) {
@@ -84,7 +95,7 @@ struct WarpgroupBlock {
     base = smem_address(smem);
     full = base + Smem::kFull;
     empty = base + Smem::kEmpty;
-    item = reinterpret_cast<volatile int*>(smem + Smem::kItem);
+    records = reinterpret_cast<volatile ItemRecord*>(smem + Smem::kItems);
     positions = reinterpret_cast<const volatile int*>(smem + Smem::kPositions);
     schedule.place(smem + Smem::kSchedule, a.p.requests, a.p.kv_heads);
   }
@@ -112,8 +123,8 @@ struct WarpgroupBlock {
     return min(split_begin(work.split + 1), span.hi);
   }
 
-  // An item's index, its q and its rows' positions; rows beyond the last, where a warp has some, are zero.
-  __device__ void copy_q(const WorkItem& work, int index) const {
+  // An item's q, its rows' positions and its record; rows beyond the last, where a warp has some, are zero.
+  __device__ void copy_q(const WorkItem& work, const Span& span, volatile ItemRecord& record) const {
     constexpr int kRowChunks = Shape::kHeadDim / 8;
     const auto& p = args.p;
     const int group = p.q_heads / p.kv_heads, query0 = schedule.row_offset[work.request];
@@ -133,7 +144,19 @@ struct WarpgroupBlock {
       cp_async4(base + uint32_t(Smem::kPositions + i * 4), p.row_position + query0 + (first + i) / group);
     mbarrier_arrive_after_copies(base + Smem::kQFull);
     if (threadIdx.x % 32 == 0) {
-      *item = index;
+      record.span.lo = span.lo;
+      record.span.hi = span.hi;
+      record.span.hole_begin = span.hole_begin;
+      record.span.hole_end = span.hole_end;
+      record.state = (int64_t(query0) * p.q_heads + work.kv_head * group) * args.max_splits + work.split;
+      record.rows = rows;
+      record.first_row = first;
+      record.request = work.request;
+      record.split = work.split;
+      record.token = first_token(work, span);
+      record.end = end_token(work, span);
+      record.tight_lo = Keys::row_range(p, span, work.request, schedule.last_pos[work.request]).x;
+      record.tight_hi = Keys::row_range(p, span, work.request, schedule.first_pos[work.request]).y;
       mbarrier_arrive(base + Smem::kQFull);
     }
   }

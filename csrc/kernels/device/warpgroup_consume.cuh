@@ -2,6 +2,8 @@
 // The consumer warps of warpgroup_attention.cuh: scores, weights and sums of tiles.
 #pragma once
 
+#include <type_traits>
+
 #include "warpgroup_block.cuh"
 
 namespace vericache::cuda {
@@ -26,34 +28,66 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
   bool active = false;  // this warpgroup has rows in the item
   int2 range[2] = {};   // of keys, of rows g and g + 8
   uint32_t q[kSteps][4];
-  float s[32], o[kParts][32];
+  float s[32], o[32 * kParts];  // of o: channels 8 n + 2 t, + 1 of row g at 4 n, of row g + 8 at 4 n + 2
   float l[2];
   RunningMax m[2];
+
+  // With 8 rows, warps 1 to 3 are there because wgmma takes four. Their q is zero, hence their scores, and zero is what
+  // pack makes of those: they need not weigh, and zeros cost the tensor cores less power.
+  const bool idle = Shape::kRows == 8 && warp > 0;
+
+  // Both warpgroups wait for the same tiles. Left alone they would use the tensor cores at the same time and then weigh
+  // at the same time; so they take turns at issuing, and one weighs while the other's products are made.
+  constexpr bool kTakeTurns = Shape::kWarpgroups == 2;
+  constexpr int kTurn[2] = {1, 2}, kTakers = 256;  // named barriers; of the first, one turn is passed ahead
+  bool turns = false;                              // both warpgroups have rows in the item
+  const auto take_turn = [&]() {
+    if (!kTakeTurns || !turns) return;
+    if (warp < 4)
+      named_barrier(kTurn[0], kTakers);
+    else
+      named_barrier(kTurn[1], kTakers);
+  };
+  const auto pass_turn = [&]() {
+    if (!kTakeTurns || !turns) return;
+    if (warp < 4)
+      named_barrier_arrive(kTurn[1], kTakers);
+    else
+      named_barrier_arrive(kTurn[0], kTakers);
+  };
+  if (kTakeTurns && warp >= 4) named_barrier_arrive(kTurn[0], kTakers);
 
   const auto release = [&](int slot) {
     __syncwarp();
     if (lane == 0) mbarrier_arrive(empty + 8 * slot);
   };
 
-  // Looked up at the start and again at the end of an item: registers are short between.
-  const auto start = [&](int index) {
-    const WorkItem work = schedule.item(p, Shape::kRows, index);
-    const Span span = schedule.span[work.unit];
-    token = first_token(work, span);
-    end = end_token(work, span);
-    const int query0 = schedule.row_offset[work.request];
-    const int item_rows = (schedule.row_offset[work.request + 1] - query0) * group;
+  // A field of an item's record, read by the lane that arrives for the warp: what a barrier orders, it orders for that
+  // lane first, and racecheck does not look further.
+  const auto from_first_lane = [&](const volatile auto& field) {
+    std::remove_cvref_t<decltype(field)> value{};
+    if (lane == 0) value = field;
+    return __shfl_sync(0xffffffffu, value, 0);
+  };
+
+  // What is needed at an item's end is read again then: registers are short between.
+  const auto start = [&](const volatile ItemRecord& item) {
+    const Span span{from_first_lane(item.span.lo), from_first_lane(item.span.hi), from_first_lane(item.span.hole_begin),
+                    from_first_lane(item.span.hole_end)};
     const int local = warp * 16 + g;  // of the block's rows
-    const int rows = min(Shape::kRows, item_rows - work.row_block * Shape::kRows);
+    const int rows = from_first_lane(item.rows), request = from_first_lane(item.request);
+    token = from_first_lane(item.token);
+    end = from_first_lane(item.end);
     active = warp / 4 * 64 < rows;
-    tight_lo = Keys::row_range(p, span, work.request, schedule.last_pos[work.request]).x;
-    tight_hi = Keys::row_range(p, span, work.request, schedule.first_pos[work.request]).y;
+    turns = rows > 64;
+    tight_lo = from_first_lane(item.tight_lo);
+    tight_hi = from_first_lane(item.tight_hi);
     hole_begin = span.hole_begin;
     hole_end = span.hole_end;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const bool exists = local + half * 8 < rows;
-      range[half] = exists ? Keys::row_range(p, span, work.request, positions[local + half * 8]) : make_int2(0, 0);
+      range[half] = exists ? Keys::row_range(p, span, request, positions[local + half * 8]) : make_int2(0, 0);
       m[half].raw = negative_infinity();
       l[half] = 0.f;
     }
@@ -62,36 +96,43 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     for (int k = 0; k < kSteps; ++k)
       ldmatrix_x4(q[k],
                   swizzled(base + uint32_t(Smem::kQ + k / 4 * Shape::kQRows * 128), row, 128, k % 4 * 2 + lane / 16));
+    if (idle) {
+#pragma unroll
+      for (int k = 0; k < kSteps; ++k)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) q[k][i] = 0;
+    }
     __syncwarp();
     if (lane == 0) mbarrier_arrive(base + Smem::kQEmpty);
 #pragma unroll
-    for (int part = 0; part < kParts; ++part)
-#pragma unroll
-      for (int e = 0; e < 32; ++e) o[part][e] = 0.f;
+    for (int e = 0; e < 32 * kParts; ++e) o[e] = 0.f;
   };
 
-  const auto finish = [&](int index) {
-    const WorkItem work = schedule.item(p, Shape::kRows, index);
-    const int query0 = schedule.row_offset[work.request];
-    const int split_lo = split_begin(work.split), split_hi = split_begin(work.split + 1);
-    const int skipped = work.row_block * Shape::kRows + warp * 16;
+  // A lane of an even t and its neighbour exchange halves, so that each has four channels in a row, of n and of n + 1:
+  // a store touches the lines of 8 rows, however wide it is, and this way there are half as many.
+  const auto finish = [&](const volatile ItemRecord& item) {
+    const int split = from_first_lane(item.split), split_lo = split_begin(split), split_hi = split_begin(split + 1);
+    const int64_t state = from_first_lane(item.state);
+    const int skipped = from_first_lane(item.first_row) + warp * 16;
+    const bool odd = t % 2 != 0;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
       float sum = l[half];
       sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 1));
       sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, 2));
       const int i = skipped + half * 8 + g;
-      if (range[half].y <= max(split_lo, range[half].x) || range[half].x >= split_hi) continue;
-      const int64_t row = query0 + i / group;
-      const int64_t at = (row * p.q_heads + work.kv_head * group + i % group) * args.max_splits + work.split;
-      float* to = args.partial.o + at * Shape::kHeadDim + t * 2;
+      const bool seen = range[half].y > max(split_lo, range[half].x) && range[half].x < split_hi;
+      const int64_t at = state + (int64_t(i / group) * p.q_heads + i % group) * args.max_splits;
+      float* to = args.partial.o + at * Shape::kHeadDim + t / 2 * 4 + t % 2 * 8;
 #pragma unroll
-      for (int part = 0; part < kParts; ++part)
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
-          *reinterpret_cast<float2*>(to + part * 64 + n * 8) =
-              make_float2(o[part][n * 4 + half * 2], o[part][n * 4 + half * 2 + 1]);
-      if (t == 0) args.partial.ml[at] = make_float2(m[half].stored(c), sum);
+      for (int n = 0; n < 8 * kParts; n += 2) {
+        const float* own = o + n * 4 + half * 2;
+        const float x = __shfl_xor_sync(0xffffffffu, odd ? own[0] : own[4], 1);
+        const float y = __shfl_xor_sync(0xffffffffu, odd ? own[1] : own[5], 1);
+        const float4 four = {odd ? x : own[0], odd ? y : own[1], odd ? own[4] : x, odd ? own[5] : y};
+        if (seen) *reinterpret_cast<float4*>(to + n * 8) = four;
+      }
+      if (seen && t == 0) args.partial.ml[at] = make_float2(m[half].stored(c), sum);
     }
   };
 
@@ -107,13 +148,15 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
 
   using Weights = uint32_t[kTileTokens / 16][4];
   const auto issue_sums = [&](int at, const Weights& weights) {
-    const uint32_t slot = wgmma_operand_low(base + uint32_t(at * Shape::kSlotBytes));
+    const uint32_t address = base + uint32_t(at * Shape::kSlotBytes);
     wgmma_begin();
 #pragma unroll
-    for (int k16 = 0; k16 < kTileTokens / 16; ++k16)
-#pragma unroll
-      for (int part = 0; part < kParts; ++part)
-        wgmma_n64k16<true, true>(o[part], weights[k16], slot + uint32_t(part * Shape::kPartBytes / 16 + 128 * k16));
+    for (int k16 = 0; k16 < kTileTokens / 16; ++k16) {
+      if constexpr (kParts == 2)
+        wgmma_n128k16(o, weights[k16], wgmma_blocks_low(address, Shape::kPartBytes) + uint32_t(128 * k16));
+      else
+        wgmma_n64k16<true, true>(o, weights[k16], wgmma_operand_low(address) + uint32_t(128 * k16));
+    }
     wgmma_commit();
   };
 
@@ -176,11 +219,13 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
 
   while (true) {
     mbarrier_wait(base + Smem::kQFull, q_parity);
+    const volatile ItemRecord& item = records[q_parity];
     q_parity ^= 1;
-    // Read by the lane that arrives for the warp below: what a barrier orders, it orders for that lane first.
-    const int index = __shfl_sync(0xffffffffu, lane == 0 ? *item : 0, 0);
-    if (index < 0) break;
-    start(index);
+    if (from_first_lane(item.rows) < 0) {
+      if (kTakeTurns && warp < 4) named_barrier(kTurn[0], kTakers);  // the turn that nobody took
+      break;
+    }
+    start(item);
     if (!active) {
       for (; token < end; token += kTileTokens) {
 #pragma unroll
@@ -193,49 +238,66 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
       continue;
     }
 
+    // An iteration begins by ending the sums of the tile before the last and ends by weighing the last tile: between
+    // the two lies the loop's edge, over which the assembler moves nothing. Within one block it puts the wait before
+    // the weighing, and both take their time one after the other.
     Weights weights;
-    float rescale[2];
-    mbarrier_wait(full + 8 * ring.slot, ring.parity);
-    issue_scores(ring.slot);
-    wgmma_wait_pending<0>();
-    wgmma_settle(s);
-    release(ring.slot);
-    ring.next(Shape::kSlots);
-    weigh(rescale);  // nothing summed yet: nothing to rescale
-    pack(weights);
-    for (token += kTileTokens; token < end; token += kTileTokens) {
-      const int sums_slot = ring.slot;
-      const uint32_t sums_parity = ring.parity;
-      ring.next(Shape::kSlots);
-      mbarrier_wait(full + 8 * ring.slot, ring.parity);
-      issue_scores(ring.slot);
-      mbarrier_wait(full + 8 * sums_slot, sums_parity);
-      issue_sums(sums_slot, weights);
-      wgmma_wait_pending<1>();  // the scores
-      wgmma_settle(s);
-      release(ring.slot);
-      ring.next(Shape::kSlots);
-      weigh(rescale);
+    float rescale[2] = {1.f, 1.f};
+    int summed = -1;  // the slot that the sums under way read
+    const auto end_sums = [&]() {
       wgmma_wait_pending<0>();
-#pragma unroll
-      for (int part = 0; part < kParts; ++part) wgmma_settle(o[part]);
-      release(sums_slot);
+      wgmma_settle(o);
+      if (summed >= 0) release(summed);
+    };
+    const auto take_weights = [&]() {
       pack(weights);
       if (__any_sync(0xffffffffu, rescale[0] != 1.f || rescale[1] != 1.f)) {
 #pragma unroll
-        for (int part = 0; part < kParts; ++part)
-#pragma unroll
-          for (int e = 0; e < 32; ++e) o[part][e] = __fmul_rn(o[part][e], rescale[e % 4 / 2]);
+        for (int e = 0; e < 32 * kParts; ++e) o[e] = __fmul_rn(o[e], rescale[e % 4 / 2]);
       }
-    }
+    };
+    const auto weigh_scores = [&]() {
+      wgmma_settle(s);
+      release(ring.slot);
+      ring.next(Shape::kSlots);
+      if (idle)
+        rescale[0] = rescale[1] = 1.f;
+      else
+        weigh(rescale);
+    };
+
     mbarrier_wait(full + 8 * ring.slot, ring.parity);
-    issue_sums(ring.slot, weights);
+    take_turn();
+    issue_scores(ring.slot);
+    pass_turn();
     wgmma_wait_pending<0>();
-#pragma unroll
-    for (int part = 0; part < kParts; ++part) wgmma_settle(o[part]);
-    release(ring.slot);
+    weigh_scores();
+    for (token += kTileTokens; token < end; token += kTileTokens) {
+      end_sums();
+      take_weights();
+      summed = ring.slot;
+      const uint32_t sums_parity = ring.parity;
+      ring.next(Shape::kSlots);
+      mbarrier_wait(full + 8 * ring.slot, ring.parity);
+      if (kTakeTurns) mbarrier_wait(full + 8 * summed, sums_parity);  // no waiting for data in one's turn
+      take_turn();
+      issue_scores(ring.slot);
+      if (!kTakeTurns) mbarrier_wait(full + 8 * summed, sums_parity);
+      issue_sums(summed, weights);
+      pass_turn();
+      wgmma_wait_pending<1>();  // the scores
+      weigh_scores();
+    }
+    end_sums();
+    take_weights();
+    summed = ring.slot;
+    mbarrier_wait(full + 8 * summed, ring.parity);
     ring.next(Shape::kSlots);
-    finish(index);
+    take_turn();
+    issue_sums(summed, weights);
+    pass_turn();
+    end_sums();
+    finish(item);
   }
 }
 

@@ -60,8 +60,8 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
     const auto send_q = [&]() {
       wait_once();
       mbarrier_wait(base + Smem::kQEmpty, q_parity);
-      copy_q(work, plan.item);
-      q_parity ^= 1;
+      q_parity ^= 1;  // now the parity that consumers wait for
+      copy_q(work, span, records[q_parity]);
     };
     const auto claim = [&]() {
       if (claims && lane == 0) ticket = atomicAdd(args.work, 1ull);
@@ -134,7 +134,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
   }
   mbarrier_wait(base + Smem::kQEmpty, q_parity);
   if (lane == 0) {
-    *item = -1;
+    records[q_parity ^ 1].rows = -1;
     mbarrier_arrive(base + Smem::kQFull);
   }
   mbarrier_arrive(base + Smem::kQFull);
