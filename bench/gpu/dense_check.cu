@@ -20,6 +20,7 @@
 #include "harness.cuh"
 #include "kernels/launchers.h"
 #include "linear_check.cuh"
+#include "linear_rope_check.cuh"
 
 namespace vericache::bench {
 namespace {
@@ -508,7 +509,7 @@ void codec_checks(Report& report) {
 
 int run(const std::string& path, bool quick, bool linear) {
   Report report(path);
-  if (linear) linear_checks(report, quick);
+  if (linear) linear_checks(report, quick), linear_rope_checks(report, quick);
   norm_checks<__nv_bfloat16, bf16>(report, DType::kBFloat16, 1e-2);
   norm_checks<float, float>(report, DType::kFloat32, 1e-5);
   rope_checks<__nv_bfloat16, bf16>(report, DType::kBFloat16, 2e-2);

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -173,17 +174,17 @@ def test_strided_rows_and_no_rows(dtype: torch.dtype, rng: torch.Generator) -> N
 def test_bad_input(rng: torch.Generator) -> None:
     call = Call(SMALL[0], 2, torch.float32, "cpu", rng)
     _, table = call.pages()
-    good = {
+    good: dict[str, Any] = {
         "x": call.x, "w": call.w, "bias": call.bias, "cos": call.cos, "sin": call.sin,
-        "row_position": call.position, "row_page": table,
+        "row_position": call.position, "row_page": table, **call.shape.sizes,
     }  # fmt: skip
 
-    def run(sizes: dict[str, int] | None = None, **changed: Tensor) -> None:
-        ops.linear_rope_write(*(good | changed).values(), **call.shape.sizes | (sizes or {}))  # type: ignore[misc]
+    def run(**changed: Tensor | int) -> None:
+        ops.linear_rope_write(**good | changed)
 
     run()
     with pytest.raises(KernelError, match=r"w has shape \[512, 72\]; it must be \[576, 72\]"):
-        run({"q_heads": 5})
+        run(q_heads=5)
     with pytest.raises(KernelError, match=r"row_position\[1\] is 301; cos and sin hold positions 0 to 300"):
         run(row_position=torch.tensor([0, 301], dtype=torch.int32))
     with pytest.raises(KernelError, match="row_page has dtype int32"):
@@ -193,4 +194,4 @@ def test_bad_input(rng: torch.Generator) -> None:
     with pytest.raises(KernelError, match="x has dtype float16"):
         run(x=call.x.half())
     with pytest.raises(KernelError, match="head_dim is 63"):
-        run({"head_dim": 63})
+        run(head_dim=63)
