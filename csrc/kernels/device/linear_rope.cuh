@@ -43,8 +43,7 @@ struct RopeTile {
   __device__ __forceinline__ int pair(int row) const { return first_pair + row % (2 * kRopeRun) / 16 * 8 + row % 8; }
 };
 
-// Asks for what the end of these rows will read; by threads that have nothing to do yet. Positions and pages come into
-// the L1, cos and sin into the L2.
+// Brings what the end of these rows will read into the L2; by threads that have nothing to do yet.
 __device__ __forceinline__ void prefetch_rope(const RopeWriteParams& rope, int token0, int tokens, int thread,
                                               int threads) {
 #if defined(__CUDA_ARCH__)
@@ -53,10 +52,9 @@ __device__ __forceinline__ void prefetch_rope(const RopeWriteParams& rope, int t
     const int row = token0 + i / lines;
     const int64_t at = int64_t(rope.row_position[row]) * half + i % lines * 32;
     asm volatile(
-        "{\n.reg .b64 page;\n"
-        "ld.global.b64 page, [%0];\n"
+        "prefetch.global.L2 [%0];\n"
         "prefetch.global.L2 [%1];\n"
-        "prefetch.global.L2 [%2];\n}" ::"l"(rope.row_page + row),
+        "prefetch.global.L2 [%2];" ::"l"(rope.row_page + row),
         "l"(rope.cos + at), "l"(rope.sin + at));
   }
 #endif
