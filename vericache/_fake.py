@@ -46,6 +46,14 @@ def _linear_swiglu(x: Tensor, w: Tensor, bias: Tensor | None, weight_settled: bo
     return x.new_empty((x.shape[0], w.shape[0] // 2))
 
 
+@register_fake("vericache::linear_rope_write")
+def _linear_rope_write(
+    x: Tensor, w: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, row_position: Tensor, row_page: Tensor,
+    q_heads: int, kv_heads: int, head_dim: int, page_size: int, weight_settled: bool = False,
+) -> Tensor:  # fmt: skip
+    return x.new_empty((x.shape[0], q_heads, head_dim))
+
+
 @register_fake("vericache::rms_norm")
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x.new_empty(x.shape)

@@ -72,7 +72,8 @@ def paged_attention(
         window: 0 for all keys, w for the last w (position included).
         settled: true promises that no op of this package still running or queued on the stream writes the
             tables, lengths and positions, or any of the cache but the rows' own positions; those may be written
-            by `rope_write` just before. Reading then overlaps its end on a GPU. Speed only; false is always right.
+            by `rope_write` or `linear_rope_write` just before. Reading then overlaps its end on a GPU. Speed only;
+            false is always right.
 
     Returns:
         T [rows, q_heads, head_dim].
@@ -197,6 +198,39 @@ def linear_swiglu(x: Tensor, w: Tensor, bias: Tensor | None = None, *, weight_se
         T [rows, dim].
     """
     return _ops.linear_swiglu(x, w, bias, weight_settled)
+
+
+def linear_rope_write(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    row_position: Tensor,
+    row_page: Tensor,
+    *,
+    q_heads: int,
+    kv_heads: int,
+    head_dim: int,
+    page_size: int,
+    weight_settled: bool = False,
+) -> Tensor:
+    """`rope_write` of x @ w^T (+ bias), without QK-norm: bit for bit `rope_write(linear(x, w, bias), ...)`, in one op.
+
+    Args:
+        x (T) [rows, k]: rows may be strided.
+        w (T) [(q_heads + 2 * kv_heads) * head_dim, k]: all q heads, all k heads, all v heads; contiguous.
+        bias (T) [(q_heads + 2 * kv_heads) * head_dim]: or None.
+        cos, sin, row_position, row_page: as in `rope_write`.
+        q_heads, kv_heads, head_dim, page_size: sizes.
+        weight_settled: as in `linear`.
+
+    Returns:
+        T [rows, q_heads, head_dim]: rotated queries.
+    """
+    return _ops.linear_rope_write(
+        x, w, bias, cos, sin, row_position, row_page, q_heads, kv_heads, head_dim, page_size, weight_settled
+    )
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

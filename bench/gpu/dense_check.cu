@@ -21,6 +21,7 @@
 #include "harness.cuh"
 #include "kernels/launchers.h"
 #include "linear_check.cuh"
+#include "linear_rope_check.cuh"
 
 namespace vericache::bench {
 namespace {
@@ -510,7 +511,10 @@ void codec_checks(Report& report) {
 int run(const std::string& path, bool quick, const std::string& only) {
   Report report(path);
   const auto wanted = [&](const char* part) { return only.empty() || only == part; };
-  if (wanted("linear")) linear_checks(report, quick);
+  if (wanted("linear")) {
+    linear_checks(report, quick);
+    linear_rope_checks(report, quick);
+  }
   if (wanted("layer")) {
     norm_checks<__nv_bfloat16, bf16>(report, DType::kBFloat16, 1e-2, quick);
     norm_checks<float, float>(report, DType::kFloat32, 1e-5, quick);

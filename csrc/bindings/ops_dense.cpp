@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The dense ops of a layer: linear, linear_swiglu, rms_norm, add_rms_norm, rope_write, silu_mul.
+// The dense ops of a layer: linear, linear_swiglu, linear_rope_write, rms_norm, add_rms_norm, rope_write, silu_mul.
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
@@ -21,9 +21,9 @@ struct LinearOptions {
   bool out_float32 = false, swiglu = false, weight_settled = false;
 };
 
-// linear and linear_swiglu.
-at::Tensor product(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias,
-                   const std::optional<at::Tensor>& residual, LinearOptions options) {
+// Of linear, linear_swiglu and linear_rope_write; all but the output.
+LinearParams product_params(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias,
+                            const std::optional<at::Tensor>& residual, LinearOptions options) {
   const DType dtype = storage_dtype(x, "x");
   check_shape(x, {-1, -1}, "x");
   check_last_axis_contiguous(x, "x");
@@ -41,19 +41,14 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& w, const std::optional
     check_last_axis_contiguous(*residual, "residual");
   }
 
-  const int64_t columns = options.swiglu ? n / 2 : n;
-  const at::Tensor out =
-      at::empty({rows, columns}, x.options().dtype(options.out_float32 ? at::kFloat : x.scalar_type()));
-  if (out.numel() == 0) return out;
   LinearParams p{};
   p.x = x.const_data_ptr();
   p.w = w.const_data_ptr();
   p.bias = bias ? bias->const_data_ptr() : nullptr;
   p.residual = residual ? residual->const_data_ptr() : nullptr;
-  p.out = out.data_ptr();
   p.x_stride_row = x.stride(0);
   p.residual_stride_row = residual ? residual->stride(0) : 0;
-  p.out_stride_row = columns;
+  p.out_stride_row = options.swiglu ? n / 2 : n;
   p.rows = extent(rows, "the number of rows of x");
   p.n = extent(n, "the number of rows of w");
   p.k = extent(k, "the last axis of x");
@@ -61,6 +56,17 @@ at::Tensor product(const at::Tensor& x, const at::Tensor& w, const std::optional
   p.dtype = dtype;
   p.swiglu = options.swiglu;
   p.w_settled = options.weight_settled;
+  return p;
+}
+
+// linear and linear_swiglu.
+at::Tensor product(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias,
+                   const std::optional<at::Tensor>& residual, LinearOptions options) {
+  LinearParams p = product_params(x, w, bias, residual, options);
+  const at::Tensor out =
+      at::empty({p.rows, p.out_stride_row}, x.options().dtype(options.out_float32 ? at::kFloat : x.scalar_type()));
+  if (out.numel() == 0) return out;
+  p.out = out.data_ptr();
 #ifdef VERICACHE_WITH_CUDA
   if (x.is_cuda()) {
     launch_cuda(x, p, cuda::linear, cuda::linear_workspace_bytes);
@@ -132,52 +138,90 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::T
   return norm(x, &residual, weight, eps);
 }
 
-at::Tensor rope_write(const at::Tensor& qkv, const std::optional<at::Tensor>& q_norm,
-                      const std::optional<at::Tensor>& k_norm, const at::Tensor& cos, const at::Tensor& sin,
-                      const at::Tensor& row_position, const at::Tensor& row_page, int64_t q_heads, int64_t kv_heads,
-                      int64_t head_dim, int64_t page_size, double eps) {
-  const DType dtype = storage_dtype(qkv, "qkv");
+// Of rope_write and linear_rope_write: the sizes, the tables and where each row goes, for `rows` rows of `lead`.
+RopeWriteParams rope_params(const at::Tensor& lead, const char* lead_name, int64_t rows, const at::Tensor& cos,
+                            const at::Tensor& sin, const at::Tensor& row_position, const at::Tensor& row_page,
+                            int64_t q_heads, int64_t kv_heads, int64_t head_dim, int64_t page_size) {
   RopeWriteParams p{};
   p.q_heads = positive_int(q_heads, "q_heads");
   p.kv_heads = positive_int(kv_heads, "kv_heads");
   p.head_dim = positive_int(head_dim, "head_dim");
   p.page_size = positive_int(page_size, "page_size");
   VC_CHECK(head_dim % 2 == 0, "head_dim is ", head_dim, "; rotary embedding needs an even one.");
-  VC_CHECK(eps >= 0.0, "eps is ", eps, "; it must not be negative.");
-  check_shape(qkv, {-1, (q_heads + 2 * kv_heads) * head_dim}, "qkv");
-  check_last_axis_contiguous(qkv, "qkv");
-  const int64_t rows = qkv.size(0);
-  if (q_norm) check_tensor(*q_norm, qkv.scalar_type(), {head_dim}, qkv, "q_norm", "qkv");
-  if (k_norm) check_tensor(*k_norm, qkv.scalar_type(), {head_dim}, qkv, "k_norm", "qkv");
-  check_tensor(cos, at::kFloat, {-1, head_dim / 2}, qkv, "cos", "qkv");
-  check_tensor(sin, at::kFloat, {cos.size(0), head_dim / 2}, qkv, "sin", "qkv");
-  check_tensor(row_position, at::kInt, {rows}, qkv, "row_position", "qkv");
-  check_tensor(row_page, at::kLong, {rows}, qkv, "row_page", "qkv");
-
-  const at::Tensor q_out = at::empty({rows, q_heads, head_dim}, qkv.options());
-  if (rows == 0) return q_out;
-  p.qkv = qkv.const_data_ptr();
-  p.q_norm = q_norm ? q_norm->const_data_ptr() : nullptr;
-  p.k_norm = k_norm ? k_norm->const_data_ptr() : nullptr;
+  check_tensor(cos, at::kFloat, {-1, head_dim / 2}, lead, "cos", lead_name);
+  check_tensor(sin, at::kFloat, {cos.size(0), head_dim / 2}, lead, "sin", lead_name);
+  check_tensor(row_position, at::kInt, {rows}, lead, "row_position", lead_name);
+  check_tensor(row_page, at::kLong, {rows}, lead, "row_page", lead_name);
   p.cos = cos.const_data_ptr<float>();
   p.sin = sin.const_data_ptr<float>();
   p.row_position = row_position.const_data_ptr<int32_t>();
   p.row_page = row_page.const_data_ptr<int64_t>();
+  p.rows = extent(rows, "the number of rows");
+  p.dtype = storage_dtype(lead, lead_name);
+  return p;
+}
+
+// On the CPU; a GPU trusts them.
+void check_positions(const RopeWriteParams& p, int64_t positions) {
+  for (int32_t row = 0; row < p.rows; ++row)
+    VC_CHECK(p.row_position[row] >= 0 && p.row_position[row] < positions, "row_position[", row, "] is ",
+             p.row_position[row], "; cos and sin hold positions 0 to ", positions - 1, ".");
+}
+
+at::Tensor rope_write(const at::Tensor& qkv, const std::optional<at::Tensor>& q_norm,
+                      const std::optional<at::Tensor>& k_norm, const at::Tensor& cos, const at::Tensor& sin,
+                      const at::Tensor& row_position, const at::Tensor& row_page, int64_t q_heads, int64_t kv_heads,
+                      int64_t head_dim, int64_t page_size, double eps) {
+  storage_dtype(qkv, "qkv");  // a supported one
+  check_shape(qkv, {-1, -1}, "qkv");
+  RopeWriteParams p =
+      rope_params(qkv, "qkv", qkv.size(0), cos, sin, row_position, row_page, q_heads, kv_heads, head_dim, page_size);
+  VC_CHECK(eps >= 0.0, "eps is ", eps, "; it must not be negative.");
+  check_shape(qkv, {-1, (q_heads + 2 * kv_heads) * head_dim}, "qkv");
+  check_last_axis_contiguous(qkv, "qkv");
+  if (q_norm) check_tensor(*q_norm, qkv.scalar_type(), {head_dim}, qkv, "q_norm", "qkv");
+  if (k_norm) check_tensor(*k_norm, qkv.scalar_type(), {head_dim}, qkv, "k_norm", "qkv");
+
+  const at::Tensor q_out = at::empty({p.rows, q_heads, head_dim}, qkv.options());
+  if (p.rows == 0) return q_out;
+  p.qkv = qkv.const_data_ptr();
+  p.q_norm = q_norm ? q_norm->const_data_ptr() : nullptr;
+  p.k_norm = k_norm ? k_norm->const_data_ptr() : nullptr;
   p.q_out = q_out.data_ptr();
   p.qkv_stride_row = qkv.stride(0);
-  p.rows = extent(rows, "the number of rows of qkv");
   p.eps = float(eps);
-  p.dtype = dtype;
 #ifdef VERICACHE_WITH_CUDA
   if (qkv.is_cuda()) {
     launch_cuda(qkv, p, cuda::rope_write);
     return q_out;
   }
 #endif
-  for (int64_t row = 0; row < rows; ++row)
-    VC_CHECK(p.row_position[row] >= 0 && p.row_position[row] < cos.size(0), "row_position[", row, "] is ",
-             p.row_position[row], "; cos and sin hold positions 0 to ", cos.size(0) - 1, ".");
+  check_positions(p, cos.size(0));
   cpu::rope_write(p);
+  return q_out;
+}
+
+at::Tensor linear_rope_write(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias,
+                             const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& row_position,
+                             const at::Tensor& row_page, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
+                             int64_t page_size, bool weight_settled) {
+  LinearRopeWriteParams p{};
+  p.product = product_params(x, w, bias, std::nullopt, {.weight_settled = weight_settled});
+  p.rope =
+      rope_params(x, "x", p.product.rows, cos, sin, row_position, row_page, q_heads, kv_heads, head_dim, page_size);
+  check_shape(w, {(q_heads + 2 * kv_heads) * head_dim, p.product.k}, "w");
+
+  const at::Tensor q_out = at::empty({p.product.rows, q_heads, head_dim}, x.options());
+  if (p.product.rows == 0) return q_out;
+  p.rope.q_out = q_out.data_ptr();
+#ifdef VERICACHE_WITH_CUDA
+  if (x.is_cuda()) {
+    launch_cuda(x, p, cuda::linear_rope_write, cuda::linear_rope_write_workspace_bytes);
+    return q_out;
+  }
+#endif
+  check_positions(p.rope, cos.size(0));
+  cpu::linear_rope_write(p);
   return q_out;
 }
 
@@ -211,6 +255,7 @@ at::Tensor silu_mul(const at::Tensor& gate_up) {
 void bind(torch::Library& m) {
   m.impl("linear", &linear);
   m.impl("linear_swiglu", &linear_swiglu);
+  m.impl("linear_rope_write", &linear_rope_write);
   m.impl("rms_norm", &rms_norm);
   m.impl("add_rms_norm", &add_rms_norm);
   m.impl("rope_write", &rope_write);
@@ -225,6 +270,9 @@ TORCH_LIBRARY_FRAGMENT(vericache, m) {
       "linear(Tensor x, Tensor w, Tensor? bias, Tensor? residual, bool out_float32, bool weight_settled=False) -> "
       "Tensor");
   m.def("linear_swiglu(Tensor x, Tensor w, Tensor? bias, bool weight_settled=False) -> Tensor");
+  m.def(
+      "linear_rope_write(Tensor x, Tensor w, Tensor? bias, Tensor cos, Tensor sin, Tensor row_position, "
+      "Tensor row_page, int q_heads, int kv_heads, int head_dim, int page_size, bool weight_settled=False) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor out, Tensor residual_out)");
   m.def(

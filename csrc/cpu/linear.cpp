@@ -14,6 +14,7 @@
 
 #include "cpu/activation.h"
 #include "cpu/parallel.h"
+#include "cpu/rope.h"
 #include "cpu/simd.h"
 
 namespace vericache::cpu {
@@ -239,14 +240,20 @@ void run(const LinearParams& p) {
   });
 }
 
+// The product alone, to memory of its own.
+template <class T>
+std::unique_ptr<T[]> run_apart(LinearParams p) {
+  auto product = std::make_unique_for_overwrite<T[]>(size_t(p.rows) * size_t(p.n));
+  p.swiglu = false;
+  p.out = product.get();
+  p.out_stride_row = p.n;
+  run<T>(p);
+  return product;
+}
+
 template <class T>
 void run_swiglu(const LinearParams& p) {
-  const auto product = std::make_unique_for_overwrite<T[]>(size_t(p.rows) * size_t(p.n));
-  LinearParams plain = p;
-  plain.swiglu = false;
-  plain.out = product.get();
-  plain.out_stride_row = p.n;
-  run<T>(plain);
+  const auto product = run_apart<T>(p);
   silu_mul({product.get(), p.out, p.n, p.rows, p.n / 2, p.dtype});
 }
 
@@ -255,6 +262,17 @@ void run_swiglu(const LinearParams& p) {
 void linear(const LinearParams& p) {
   if (p.rows == 0 || p.n == 0) return;
   dispatch(p.dtype, [&](auto t) { p.swiglu ? run_swiglu<decltype(t)>(p) : run<decltype(t)>(p); });
+}
+
+void linear_rope_write(const LinearRopeWriteParams& p) {
+  if (p.product.rows == 0) return;
+  dispatch(p.product.dtype, [&](auto t) {
+    const auto qkv = run_apart<decltype(t)>(p.product);
+    RopeWriteParams rope = p.rope;
+    rope.qkv = qkv.get();
+    rope.qkv_stride_row = p.product.n;
+    rope_write(rope);
+  });
 }
 
 }  // namespace vericache::cpu

@@ -12,4 +12,7 @@ namespace vericache::cpu {
 // swiglu: the product goes through memory of its own to silu_mul. Held by tests/ops/test_linear.py.
 void linear(const LinearParams& p);
 
+// The same product, through memory of its own to rope_write. Held by tests/ops/test_linear_rope.py.
+void linear_rope_write(const LinearRopeWriteParams& p);
+
 }  // namespace vericache::cpu

@@ -23,6 +23,8 @@ void quant_attention(const QuantAttentionParams& p, cudaStream_t stream);
 
 size_t linear_workspace_bytes(const LinearParams& p);
 void linear(const LinearParams& p, cudaStream_t stream);
+size_t linear_rope_write_workspace_bytes(const LinearRopeWriteParams& p);
+void linear_rope_write(const LinearRopeWriteParams& p, cudaStream_t stream);
 
 void rms_norm(const RmsNormParams& p, cudaStream_t stream);
 void rope_write(const RopeWriteParams& p, cudaStream_t stream);

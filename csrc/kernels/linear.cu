@@ -24,12 +24,16 @@
 // The sums are those of the plain product. A half that is no multiple of 8 rows goes through the workspace to silu_mul,
 // as with the kernels below.
 //
+// linear_rope_write: a tile has 32 pairs of each of its heads (device/linear_rope.cuh); else as with SwiGLU. Where that
+// does not fit (another head_dim, an odd alignment) and with the kernels below: linear, then rope_write.
+//
 // Other GPUs: linear_mma.cu. float32 storage, and a k that is no multiple of 8: linear_simple.cu.
 #include "device/barrier.cuh"
 #include "device/cluster.cuh"
 #include "device/cp_async.cuh"
 #include "device/launch.cuh"
 #include "device/linear_out.cuh"
+#include "device/linear_rope.cuh"
 #include "device/tensor_map.cuh"
 #include "device/wgmma.cuh"
 #include "launchers.h"
@@ -56,6 +60,9 @@ struct WgmmaArgs {
   int items;  // tiles * token_blocks; token block fastest, so that blocks that run together share their w
   int stages, stage_bytes, w_bytes, barriers;  // barriers: their offset in shared memory
   bool wide;                                   // bias, residual and out can be accessed 4 elements at a time
+  bool has_rope;                               // linear_rope_write
+  int head_runs_log2;                          // RopeTile::make
+  RopeWriteParams rope;
 };
 
 // A warpgroup's accumulators to shared memory, token-major: rows first .. first + 63 of `rows`.
@@ -110,6 +117,16 @@ __device__ void add_in_cluster(const WgmmaArgs& args, const float (&acc)[kTokens
       finish_swiglu(args.p, token0 + token, n + 2, gate.z, up.z);
       finish_swiglu(args.p, token0 + token, n + 3, gate.w, up.w);
     }
+  } else if (args.has_rope) {
+    const RopeTile tile = RopeTile::make(item / args.token_blocks, rows, args.head_runs_log2);
+    const int vectors = share / 8;  // of 4 pairs
+    for (int i = threadIdx.x; i < tokens * vectors; i += blockDim.x) {
+      const int token = i / vectors, v = i % vectors, row = rank * share + v / 2 * 16 + v % 2 * 4;
+      if (tile.head(row) * args.rope.head_dim >= args.p.n) continue;
+      finish_rope4(
+          args.rope, static_cast<const __nv_bfloat16*>(args.p.bias), token0 + token, tile.head(row), tile.pair(row),
+          [&] { return total(token, row); }, [&] { return total(token, row + 8); });
+    }
   } else {
     const int vectors = share / 4;
     for (int i = threadIdx.x; i < tokens * vectors; i += blockDim.x) {
@@ -148,6 +165,16 @@ __device__ void store_tile(const WgmmaArgs& args, const float (&acc)[kTokens / 2
     });
     return;
   }
+  if (args.has_rope) {
+    const RopeTile tile = RopeTile::make(item / args.token_blocks, args.rows, args.head_runs_log2);
+    const int row = warp * 16 + g, head = tile.head(row), pair = tile.pair(row);
+    if (head * args.rope.head_dim >= args.p.n) return;
+    for_tokens<kTokens>(token0, args.p.rows, [&](int token, int j, int i) {
+      finish_rope1(args.rope, static_cast<const __nv_bfloat16*>(args.p.bias), token, head, pair, acc[4 * j + i],
+                   acc[4 * j + 2 + i]);
+    });
+    return;
+  }
 #pragma unroll
   for (int half = 0; half < 2; ++half) {
     const int row = warp * 16 + g + 8 * half, n = n0 + row;
@@ -171,14 +198,16 @@ struct BoxLoader {
   // `w`, `x`: which operands; the barrier expects both with w. A part's last stage may have chunks that are not used.
   __device__ void copy(int slot, bool w, bool x) const {
     const uint32_t stage = ring + slot * args.stage_bytes, barrier = barriers + 8 * slot;
-    const int n0 = item / args.token_blocks * args.rows, token0 = item % args.token_blocks * kTokens;
+    const int tile = item / args.token_blocks, n0 = tile * args.rows, token0 = item % args.token_blocks * kTokens;
+    const RopeTile heads = RopeTile::make(tile, args.rows, args.head_runs_log2);
     if (w) mbarrier_expect(barrier, args.stage_bytes);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int k = (first_chunk + kb * kChunks + c) * kChunkK;
       const uint32_t w_dst = stage + c * args.rows * kRowBytes;
       if (w && args.p.swiglu) copy_halves(w_dst, w_map, k, n0 / 2, barrier);
-      if (w && !args.p.swiglu) copy_box(w_dst, w_map, k, n0, barrier);
+      if (w && args.has_rope) copy_heads(w_dst, w_map, k, heads.first_pair, heads.first_head, barrier);
+      if (w && !args.p.swiglu && !args.has_rope) copy_box(w_dst, w_map, k, n0, barrier);
       if (x) copy_box(stage + args.w_bytes + c * kTokens * kRowBytes, x_map, k, token0, barrier);
     }
   }
@@ -221,6 +250,10 @@ __global__ void __launch_bounds__(kMaxThreads, (kSplit && kTokens <= 64) ? 2 : 1
     for (int s = 0; s < args.stages && !loader.done(); ++s, loader.advance()) loader.copy(s, !args.p.w_settled, true);
   } else {
     wait_for_previous_kernel();
+    if (args.has_rope && threadIdx.x >= 64) {
+      const int token0 = first_item % args.token_blocks * kTokens;
+      prefetch_rope(args.rope, token0, min(args.p.rows - token0, kTokens), threadIdx.x - 64, blockDim.x - 64);
+    }
   }
   __syncthreads();  // the barriers are initialized
 
@@ -299,25 +332,34 @@ void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
   shape.smem = size_t(args.barriers + kMaxStages * 8);
   shape.cluster = kSplit ? args.splits : 1;
   shape.grid = dim3(unsigned(kSplit ? args.items * args.splits : std::min(args.items, info.multiprocessors)));
-  const CUtensorMap w_map = args.p.swiglu ? bf16_halves_map(args.p.w, args.p.n, args.p.k, args.rows)
-                                          : bf16_matrix_map(args.p.w, args.p.n, args.p.k, args.p.k, args.rows);
+  const CUtensorMap w_map = args.has_rope ? bf16_heads_map(args.p.w, args.p.n / args.rope.head_dim, args.rope.head_dim,
+                                                           args.p.k, args.rows / 64)
+                            : args.p.swiglu ? bf16_halves_map(args.p.w, args.p.n, args.p.k, args.rows)
+                                            : bf16_matrix_map(args.p.w, args.p.n, args.p.k, args.p.k, args.rows);
   const CUtensorMap x_map =
       bf16_matrix_map(args.p.x, args.p.rows, args.p.k, args.p.rows > 1 ? args.p.x_stride_row : args.p.k, kTokens);
   allow_all_smem<linear_wgmma<kTokens, kSplit, kChunks>>(info);
   launch(linear_wgmma<kTokens, kSplit, kChunks>, shape, info, stream, args, w_map, x_map);
 }
 
-void linear_hopper(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream) {
+// rope: null, or where and how the product goes on.
+void linear_hopper(const LinearParams& p, const RopeWriteParams* rope, const DeviceInfo& info, cudaStream_t stream) {
   const LinearHopperPlan plan = linear_hopper_plan(p.n, p.k);
   WgmmaArgs args{};
   args.p = p;
   args.splits = plan.splits;
   for (int i = 0; i <= plan.splits; ++i) args.begin[i] = plan.part_begin(i);
-  args.rows = p.swiglu ? plan.swiglu_rows() : plan.rows;
+  args.rows = rope ? plan.rope_rows() : p.swiglu ? plan.swiglu_rows() : plan.rows;
   args.wide = can_access_wide(p);
   const int tokens = p.rows <= 8 ? 8 : p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : p.rows <= 64 ? 64 : 128;
   args.token_blocks = (p.rows + tokens - 1) / tokens;
-  args.items = (p.n + args.rows - 1) / args.rows * args.token_blocks;
+  int tiles = (p.n + args.rows - 1) / args.rows;
+  if (rope) {
+    args.has_rope = true, args.rope = *rope;
+    while (2 * kRopeRun << args.head_runs_log2 < rope->head_dim) ++args.head_runs_log2;
+    tiles = RopeTile::count(*rope, args.rows);
+  }
+  args.items = tiles * args.token_blocks;
   const auto go = [&]<int kTokens>() {
     constexpr int kMostChunks = kTokens <= 64 ? 2 : 1;  // two have not been timed with 128 tokens
     if (plan.splits > 1) return launch_wgmma<kTokens, true, kMostChunks>(args, info, stream);
@@ -348,11 +390,26 @@ bool fuses_swiglu(const LinearParams& p, const DeviceInfo& info) {
   return info.hopper && !takes_simple(p) && p.n % 16 == 0;
 }
 
+// Rotation and page write in the product's own kernel.
+bool fuses_rope(const LinearRopeWriteParams& p, const DeviceInfo& info) {
+  return info.hopper && !takes_simple(p.product) && can_fuse_rope(p.rope, p.product.bias);
+}
+
+// Another kernel for an unaligned x would be another order of addition for the same product.
+void check_alignment(const LinearParams& p) {
+  VC_CHECK(rows_aligned16(p.x, p.x_stride_row, 2) && aligned16(p.w), "linear: the rows of x (stride ", p.x_stride_row,
+           " elements) and w must start at multiples of 16 bytes; make them contiguous.");
+}
+
+size_t product_bytes(const LinearParams& p) {
+  return size_t(p.rows) * size_t(p.n) * (p.dtype == DType::kFloat32 ? 4 : 2);
+}
+
 }  // namespace
 
 size_t linear_workspace_bytes(const LinearParams& p) {
   if (!p.swiglu || fuses_swiglu(p, device_info())) return 0;
-  return size_t(p.rows) * size_t(p.n) * (p.dtype == DType::kFloat32 ? 4 : 2);
+  return product_bytes(p);
 }
 
 void linear(const LinearParams& p, cudaStream_t stream) {
@@ -365,11 +422,28 @@ void linear(const LinearParams& p, cudaStream_t stream) {
     return silu_mul({p.workspace, p.out, p.n, p.rows, p.n / 2, p.dtype}, stream);
   }
   if (takes_simple(p)) return linear_simple(p, info, stream);
-  // Another kernel for an unaligned x would be another order of addition for the same product.
-  VC_CHECK(rows_aligned16(p.x, p.x_stride_row, 2) && aligned16(p.w), "linear: the rows of x (stride ", p.x_stride_row,
-           " elements) and w must start at multiples of 16 bytes; make them contiguous.");
-  if (info.hopper) return linear_hopper(p, info, stream);
+  check_alignment(p);
+  if (info.hopper) return linear_hopper(p, nullptr, info, stream);
   linear_mma(p, info, stream);
+}
+
+size_t linear_rope_write_workspace_bytes(const LinearRopeWriteParams& p) {
+  return fuses_rope(p, device_info()) ? 0 : product_bytes(p.product);
+}
+
+void linear_rope_write(const LinearRopeWriteParams& p, cudaStream_t stream) {
+  if (p.product.rows <= 0) return;
+  const DeviceInfo info = device_info();
+  if (fuses_rope(p, info)) {
+    check_alignment(p.product);
+    return linear_hopper(p.product, &p.rope, info, stream);
+  }
+  LinearParams plain = p.product;
+  plain.out = p.workspace, plain.out_stride_row = plain.n;
+  linear(plain, stream);
+  RopeWriteParams rope = p.rope;
+  rope.qkv = p.workspace, rope.qkv_stride_row = plain.n;
+  rope_write(rope, stream);
 }
 
 }  // namespace vericache::cuda

@@ -52,6 +52,8 @@ struct LinearHopperPlan {
 
   // Of a tile with SwiGLU: a multiple of 16 * splits. No bits depend on it.
   constexpr int swiglu_rows() const { return std::max(1, rows / (16 * splits)) * 16 * splits; }
+  // Of a tile that rotates: a multiple of 64, at most 192 in several parts of k, 256 in one. No bits depend on it.
+  constexpr int rope_rows() const { return (rows + 63) / 64 * 64; }
   constexpr int part_begin(int i) const { return int(int64_t(k_stages) * i / splits); }
 };
 

@@ -10,6 +10,7 @@
 #include "device/element.cuh"
 #include "device/launch.cuh"
 #include "device/reduce.cuh"
+#include "device/rotate.cuh"
 #include "launchers.h"
 
 namespace vericache::cuda {
@@ -74,11 +75,7 @@ __device__ __forceinline__ void move_head(const RopeWriteParams& p, const T* src
     load_run(p.cos + position * half + i, cos);
     load_run(p.sin + position * half + i, sin);
 #pragma unroll
-    for (int j = 0; j < kPairs; ++j) {
-      const float a = lo[j], b = hi[j];
-      lo[j] = __fsub_rn(__fmul_rn(a, cos[j]), __fmul_rn(b, sin[j]));  // unfused, as the CPU kernel has it
-      hi[j] = __fadd_rn(__fmul_rn(b, cos[j]), __fmul_rn(a, sin[j]));
-    }
+    for (int j = 0; j < kPairs; ++j) rotate_pair(lo[j], hi[j], cos[j], sin[j]);
   }
   store_run(dst + i, lo);
   store_run(dst + half + i, hi);

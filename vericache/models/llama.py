@@ -160,12 +160,19 @@ class CausalLM:
         active = segment.active
         for layer in range(segment.lo, segment.hi):
             w = self.weights.layers[layer]
-            qkv = ops.linear(ops.rms_norm(x, w.input_norm, eps), w.qkv, w.qkv_bias, weight_settled=True)
-            pages = kv.write_pages(layer, active)
-            q = ops.rope_write(
-                qkv, w.q_norm, w.k_norm, cos, sin, positions, pages,
-                q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, eps=eps,
-            )  # fmt: skip
+            pages = kv.write_pages(layer, active)  # before the norm: nothing of torch's comes between ours
+            normed = ops.rms_norm(x, w.input_norm, eps)
+            if w.q_norm is None and w.k_norm is None:
+                q = ops.linear_rope_write(
+                    normed, w.qkv, w.qkv_bias, cos, sin, positions, pages,
+                    q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, weight_settled=True,
+                )  # fmt: skip
+            else:
+                q = ops.rope_write(
+                    ops.linear(normed, w.qkv, w.qkv_bias, weight_settled=True),
+                    w.q_norm, w.k_norm, cos, sin, positions, pages,
+                    q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, eps=eps,
+                )  # fmt: skip
             attended = kv.attend(layer, q, active)
             x = ops.linear(attended.view(-1, q_size), w.out, w.out_bias, x, weight_settled=True)
             normed = ops.rms_norm(x, w.post_norm, eps)

@@ -27,7 +27,7 @@ inline CUtensorMap bf16_tensor_map(const void* base, int axes, const cuuint64_t*
     return reinterpret_cast<Encode>(entry);
   }();
   CUtensorMap map{};
-  constexpr cuuint32_t kSteps[4] = {1, 1, 1, 1};
+  constexpr cuuint32_t kSteps[5] = {1, 1, 1, 1, 1};
   const CUresult result = encode(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, cuuint32_t(axes), const_cast<void*>(base),
                                  sizes, strides, box, kSteps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_NONE, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
@@ -51,6 +51,17 @@ inline CUtensorMap bf16_halves_map(const void* base, int64_t rows, int64_t cols,
   const cuuint64_t strides[3] = {cuuint64_t(cols) * 2, cuuint64_t(cols) * cuuint64_t(rows), cuuint64_t(cols) * 16};
   const cuuint32_t box[4] = {64, 8, 2, cuuint32_t(box_rows) / 16};
   return bf16_tensor_map(base, 4, sizes, strides, box);
+}
+
+// A contiguous matrix whose rows are heads of head_dim rows (a multiple of 64): a box has 32 pairs i, i + head_dim / 2
+// of the rows of each of box_heads heads; of each head 8 first rows, their 8 partners, the next 8 first rows, ... Axes:
+// column, row in 8, half of a head, 8 rows of a half, head.
+inline CUtensorMap bf16_heads_map(const void* base, int heads, int head_dim, int64_t cols, int box_heads) {
+  const cuuint64_t row = cuuint64_t(cols) * 2, half = cuuint64_t(head_dim) / 2;
+  const cuuint64_t sizes[5] = {cuuint64_t(cols), 8, 2, half / 8, cuuint64_t(heads)};
+  const cuuint64_t strides[4] = {row, row * half, row * 8, row * half * 2};
+  const cuuint32_t box[5] = {64, 8, 2, 4, cuuint32_t(box_heads)};
+  return bf16_tensor_map(base, 5, sizes, strides, box);
 }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
@@ -80,6 +91,15 @@ __device__ __forceinline__ void copy_halves(uint32_t dst, const CUtensorMap& map
       "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %4}], "
       "[%5];" ::"r"(dst),
       "l"(&map), "r"(col), "r"(0), "r"(row / 8), "r"(barrier) : "memory");
+}
+
+// A box of bf16_heads_map; pair: the first of each head, a multiple of 8.
+__device__ __forceinline__ void copy_heads(uint32_t dst, const CUtensorMap& map, int col, int pair, int head,
+                                           uint32_t barrier) {
+  VC_SM90(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %4, "
+      "%5}], [%6];" ::"r"(dst),
+      "l"(&map), "r"(col), "r"(0), "r"(pair / 8), "r"(head), "r"(barrier) : "memory");
 }
 
 // Fetches the map itself.
