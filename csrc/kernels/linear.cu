@@ -24,7 +24,8 @@
 // The sums are those of the plain product. A half that is no multiple of 8 rows goes through the workspace to silu_mul,
 // as with the kernels below.
 //
-// Other GPUs: linear_mma.cu. float32 storage, and a k that is no multiple of 8: linear_simple.cu.
+// Up to 64 rows of x of the common shapes: linear_narrow.cu, the same sums. Other GPUs: linear_mma.cu. float32 storage,
+// and a k that is no multiple of 8: linear_simple.cu.
 #include "device/barrier.cuh"
 #include "device/cluster.cuh"
 #include "device/cp_async.cuh"
@@ -37,6 +38,8 @@
 
 namespace vericache::cuda {
 
+// Runs the product and returns true if it has a launch for it.
+bool linear_narrow(const LinearParams& p, const LinearHopperPlan& plan, const DeviceInfo& info, cudaStream_t stream);
 void linear_mma(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream);
 void linear_simple(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream);
 
@@ -309,6 +312,7 @@ void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
 
 void linear_hopper(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream) {
   const LinearHopperPlan plan = linear_hopper_plan(p.n, p.k);
+  if (linear_narrow(p, plan, info, stream)) return;
   WgmmaArgs args{};
   args.p = p;
   args.splits = plan.splits;
