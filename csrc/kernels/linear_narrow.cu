@@ -41,7 +41,7 @@ namespace {
 
 constexpr int kChunkK = 64, kRowBytes = kChunkK * 2;  // k a chunk; bytes of a row of it
 constexpr int kParts = 4, kTokens = 64;
-constexpr int kThreads = 256, kMultiplying = 128;  // the first of those that only copy is the one that does
+constexpr int kMultiplying = 128, kThreads = 2 * kMultiplying;  // thread kMultiplying copies
 constexpr int kMaxStages = 16;
 constexpr int kBarrierBytes = 8 * (2 * kMaxStages + 1);
 constexpr int kSharedSmem = 113 * 1024;  // of a block that leaves room for another
@@ -152,15 +152,23 @@ __device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[kK
       mbarrier_wait(full + 8 * slot.index, slot.parity);
       const uint32_t stage = ring + slot.index * args.stage_bytes;
       const uint64_t x = wgmma_operand(stage), w = wgmma_operand(stage + args.x_bytes);
-      wgmma_begin();
-#pragma unroll
-      for (int c = 0; c < kChunks; ++c) {
-        if (c > 0 && chunk + c >= chunks) break;
+      const auto steps = [&](int c) {
 #pragma unroll
         for (int step = 0; step < kChunkK / 16; ++step)
           wgmma_k16(now, x + c * next_x + 2 * step, w + c * kNextW + 2 * step);
+      };
+      if (kChunks == 1 || chunks - chunk >= kChunks) {
+        wgmma_begin();
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) steps(c);
+        wgmma_commit();
+      } else {
+        for (int c = 0; c < chunks - chunk; ++c) {
+          wgmma_begin();
+          steps(c);
+          wgmma_commit();
+        }
       }
-      wgmma_commit();
       wgmma_wait<1>();
       if (held >= 0) give_back(held);
       held = slot.index;
