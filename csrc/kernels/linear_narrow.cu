@@ -114,17 +114,6 @@ struct StageCopier {
   }
 };
 
-// A place in the ring.
-struct Slot {
-  int index = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void advance(int stages) {
-    if (++index < stages) return;
-    index = 0;
-    parity ^= 1;
-  }
-};
-
 // Warpgroup 0: the sums of this block's parts. acc[0] and acc[1] are p0 + p1 and nothing, or p2 and p3, of a pair's;
 // else acc[0] is the block's only sum.
 template <int kRows, int kGroup, int kChunks, int kKept>
@@ -141,7 +130,7 @@ __device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[kK
     for (int i = 0; i < kRows / 2; ++i) acc[kept][i] = 0.0f;
   const uint64_t next_x = args.box_tokens * (kRowBytes / 16);  // from chunk to chunk
   constexpr uint64_t kNextW = kRows * (kRowBytes / 16);
-  Slot slot;
+  BarrierSlot slot;
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     const int chunks = args.begin[rank * kGroup + g + 1] - args.begin[rank * kGroup + g];
@@ -272,7 +261,7 @@ __global__ void __launch_bounds__(kThreads, 2)
   float* sums = reinterpret_cast<float*>(smem);
   if (warp >= kMultiplying / 32) {
     if (threadIdx.x == kMultiplying) {
-      for (Slot slot; !copier.done(); copier.advance(), slot.advance(args.stages)) {
+      for (BarrierSlot slot; !copier.done(); copier.advance(), slot.advance(args.stages)) {
         while (!mbarrier_done(empty + 8 * slot.index, slot.parity)) {
         }
         copier.copy(slot.index, true, true);

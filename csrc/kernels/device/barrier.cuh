@@ -59,6 +59,17 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
   __syncwarp();
 }
 
+// A place in a ring of stages that have a barrier each, and the parity of that barrier's phase.
+struct BarrierSlot {
+  int index = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance(int stages) {
+    if (++index < stages) return;
+    index = 0;
+    parity ^= 1;
+  }
+};
+
 // Barrier `id` (1 .. 15) among `threads` threads, whole warps.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
