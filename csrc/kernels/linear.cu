@@ -27,7 +27,8 @@
 // linear_rope_write: a tile has 32 pairs of each of its heads (device/linear_rope.cuh); else as with SwiGLU. Where that
 // does not fit (another head_dim, an odd alignment) and with the kernels below: linear, then rope_write.
 //
-// Other GPUs: linear_mma.cu. float32 storage, and a k that is no multiple of 8: linear_simple.cu.
+// Up to 64 rows of x of the common shapes: linear_narrow.cu, the same sums. Other GPUs: linear_mma.cu. float32 storage,
+// and a k that is no multiple of 8: linear_simple.cu.
 #include "device/barrier.cuh"
 #include "device/cluster.cuh"
 #include "device/cp_async.cuh"
@@ -41,6 +42,8 @@
 
 namespace vericache::cuda {
 
+// Runs the product and returns true if it has a launch for it.
+bool linear_narrow(const LinearParams& p, const LinearHopperPlan& plan, const DeviceInfo& info, cudaStream_t stream);
 void linear_mma(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream);
 void linear_simple(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream);
 
@@ -345,6 +348,7 @@ void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
 // rope: null, or where and how the product goes on.
 void linear_hopper(const LinearParams& p, const RopeWriteParams* rope, const DeviceInfo& info, cudaStream_t stream) {
   const LinearHopperPlan plan = linear_hopper_plan(p.n, p.k);
+  if (!rope && linear_narrow(p, plan, info, stream)) return;
   WgmmaArgs args{};
   args.p = p;
   args.splits = plan.splits;

@@ -42,12 +42,33 @@ __device__ __forceinline__ bool mbarrier_done(uint32_t barrier, uint32_t parity)
   return done != 0;
 }
 
+// The same at once, where mbarrier_done may sleep a while before it says no.
+__device__ __forceinline__ bool mbarrier_done_now(uint32_t barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return done != 0;
+}
+
 // For whole warps, which it leaves converged: ldmatrix and mma demand it.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
   while (!mbarrier_done(barrier, parity)) {
   }
   __syncwarp();
 }
+
+// A place in a ring of stages that have a barrier each, and the parity of that barrier's phase.
+struct BarrierSlot {
+  int index = 0;
+  uint32_t parity = 0;
+  __device__ __forceinline__ void advance(int stages) {
+    if (++index < stages) return;
+    index = 0;
+    parity ^= 1;
+  }
+};
 
 // Barrier `id` (1 .. 15) among `threads` threads, whole warps.
 __device__ __forceinline__ void named_barrier(int id, int threads) {
