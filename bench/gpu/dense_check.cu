@@ -20,6 +20,7 @@
 #include "harness.cuh"
 #include "kernels/launchers.h"
 #include "linear_check.cuh"
+#include "window_check.cuh"
 
 namespace vericache::bench {
 namespace {
@@ -521,6 +522,8 @@ int run(const std::string& path, bool quick, bool linear) {
   token_move_checks<__nv_bfloat16, bf16>(report, DType::kBFloat16);
   token_move_checks<float, float>(report, DType::kFloat32);
   codec_checks(report);
+  window_checks<__nv_bfloat16, bf16>(report, DType::kBFloat16, 2e-4, quick);
+  window_checks<float, float>(report, DType::kFloat32, 5e-5, quick);
   VC_CUDA_CHECK(cudaDeviceSynchronize());
   std::printf("%d checks failed\n", report.failures());
   return report.failures() == 0 ? 0 : 1;
