@@ -34,7 +34,7 @@ TOOLS = ("memcheck", "racecheck")
 # The small cases, cut so that each run takes some seconds: program, arguments.
 SMALL = (
     ("attention", ["", "quick"]),
-    *(("dense", ["--quick", "--only", part]) for part in ("linear", "layer", "sample", "pages")),
+    *(("dense", ["--quick", "--only", part]) for part in ("linear", "layer", "sample", "pages", "window")),
 )
 
 

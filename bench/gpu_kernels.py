@@ -73,7 +73,8 @@ def dense_bars(ours: dict[str, float], cublas: dict[str, float]) -> list[dict[st
 
 
 def rate_bars(us: dict[str, float], gb_s: dict[str, float], values: dict[str, float]) -> list[dict[str, Any]]:
-    """What moves bytes: quantize and gather against the copy kernel, unpack against the link's copy and a rate."""
+    """What moves bytes: quantize and gather against the copy kernel, window_scores against the read kernel, unpack
+    against the link's copy and a rate."""
     rows: list[dict[str, Any]] = []
 
     def add(what: str, name: str, against: str, yardstick: float | None, bar: float, unit: str = "x") -> None:
@@ -81,11 +82,18 @@ def rate_bars(us: dict[str, float], gb_s: dict[str, float], values: dict[str, fl
             rows.append({"what": what, "against": against, "us": us[name], "ratio": gb_s[name] / yardstick,
                          "bar": bar, "least": True, "unit": unit})  # fmt: skip
 
-    copy, link = (
-        gb_s.get(name) for name in ("copy kernel 1 GiB, read + written", "plain copy from pinned, bytes of output")
+    copy, read_rate, link = (
+        gb_s.get(name)
+        for name in (
+            "copy kernel 1 GiB, read + written",
+            "read kernel 1 GiB",
+            "plain copy from pinned, bytes of output",
+        )
     )
     for name in ("kv_quantize bits=8", "kv_quantize bits=4", "kv_quantize bits=2", "gather_tokens ratio=0.25"):
         add(name, name, "copy kernel, rate", copy, 0.7)
+    # K counts once, and past the L2 is read twice: a half is the most.
+    add("window_scores 128K tokens", "window_scores tokens=131072 window=32", "read kernel, rate", read_rate, 0.3)
     for path in CODEC_PATHS:
         add(f"bf16_unpack {path}", f"bf16_unpack {path}, bytes of output", "plain copy, rate of output", link, 1.2)
     add("bf16_unpack from HBM", "bf16_unpack from HBM, bytes of output", "rate of output", 1000, 2.0, " TB/s")

@@ -53,6 +53,8 @@ def test_bars_from_below_and_above() -> None:
     rates = {
         "copy kernel 1 GiB, read + written": 4000.0,
         "kv_quantize bits=2": 2799.0,
+        "read kernel 1 GiB": 4600.0,
+        "window_scores tokens=131072 window=32": 1610.0,
         "plain copy from pinned, bytes of output": 50.0,
         "bf16_unpack staged, bytes of output": 60.0,
         "bf16_unpack from HBM, bytes of output": 1990.0,
@@ -61,12 +63,13 @@ def test_bars_from_below_and_above() -> None:
     said = {row["what"]: (gpu_programs.met(row), gpu_programs.figure(row, "ratio")) for row in bars}
     assert said == {
         "kv_quantize bits=2": (False, "0.70x"),
+        "window_scores 128K tokens": (True, "0.35x"),
         "bf16_unpack staged": (True, "1.20x"),
         "bf16_unpack from HBM": (False, "1.99 TB/s"),
         "bf16_pack, normal distribution": (True, "12.06 bits"),
     }
     assert [gpu_programs.figure(row, "bar") for row in bars] == [
-        "at least 0.70x", "at least 1.20x", "at least 2.00 TB/s", "12.20 bits"
+        "at least 0.70x", "at least 0.30x", "at least 1.20x", "at least 2.00 TB/s", "12.20 bits"
     ]  # fmt: skip
     environment = {"gpu": "none", "torch": "", "python": "", "commit": "", "date": "", "command": ""}
     table = tables.kernels({"dense": {"bars": bars}, "environment": environment})

@@ -86,6 +86,11 @@ def _sample(
     return logits.new_empty((rows,), dtype=torch.int64), logits.new_empty((rows,))
 
 
+@register_fake("vericache::window_scores")
+def _window_scores(queries: Tensor, k: Tensor) -> Tensor:
+    return k.new_empty((queries.shape[1], k.shape[1]), dtype=torch.float32)
+
+
 @register_fake("vericache::kv_quantize")
 def _kv_quantize(
     full_pages: Tensor, quant_pages: Tensor, like: Tensor, kv_heads: int, head_dim: int, page_size: int,

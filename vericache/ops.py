@@ -341,6 +341,27 @@ def sample(
     return _ops.sample(logits, temperature, top_k, top_p, min_p, seed, row_position)
 
 
+def window_scores(queries: Tensor, k: Tensor) -> Tensor:
+    """Averages the attention that the last queries of a sequence pay to its keys.
+
+    The softmax is causal, scaled by head_dim ** -0.5, and in float32. No matrix of scores is made: K is read twice.
+    The result depends on its arguments' values and shapes alone, and is the same on every run.
+
+    Args:
+        queries (T) [window, q_heads, head_dim]: rotated queries of positions tokens - window .. tokens - 1; rows and
+            heads may be strided.
+        k (T) [kv_heads, tokens, head_dim]: rotated keys; q_heads is a multiple of kv_heads; heads and tokens may be
+            strided. On CUDA, bfloat16 with head_dim 64 or 128 and every row at a multiple of 16 bytes is fast.
+
+    Returns:
+        float32 [q_heads, tokens]: mean over the window; keys in a query's future count as 0.
+
+    Raises:
+        KernelError: also for a window of no queries or of more than `tokens`, and for a head_dim above 256.
+    """
+    return _ops.window_scores(queries, k)
+
+
 def kv_quantize(
     full_pages: Tensor,
     quant_pages: Tensor,

@@ -358,6 +358,35 @@ void codec_times(Report& report) {
   report.time("bf16_unpack from HBM, bytes of output", us, raw_bytes, (raw_bytes + packed_bytes) / g_copy_rate);
 }
 
+// Bytes: K once and the output. The kernel reads K twice, the second time as far as it can from the L2.
+void window_times(Report& report) {
+  using T = __nv_bfloat16;
+  const int q_heads = 32, kv_heads = 8, head_dim = 128;
+  for (const int tokens : {8192, 32768, 131072}) {
+    const size_t k_elems = size_t(kv_heads) * tokens * head_dim;
+    const int sets = sets_for(k_elems * sizeof(T));
+    std::vector<Buffer> k;
+    for (int i = 0; i < sets; ++i) k.push_back(random_buffer<T>(k_elems, 300 + i));
+    for (const int window : {32, 64}) {
+      const Buffer q = random_buffer<T>(size_t(window) * q_heads * head_dim, 2), out(size_t(q_heads) * tokens * 4);
+      WindowScoresParams p{};
+      p.queries = q.get(), p.k = k[0].get(), p.out = out.get<float>();
+      p.q_stride_row = int64_t(q_heads) * head_dim, p.q_stride_head = head_dim;
+      p.k_stride_head = int64_t(tokens) * head_dim, p.k_stride_token = head_dim;
+      p.window = window, p.tokens = tokens, p.q_heads = q_heads, p.kv_heads = kv_heads, p.head_dim = head_dim;
+      p.scale = 0.0883883f, p.dtype = DType::kBFloat16;
+      const Buffer workspace(cuda::window_scores_workspace_bytes(p));
+      p.workspace = workspace.get();
+      const double bytes = double(k_elems * sizeof(T) + out.bytes());
+      const double us = time_graph(std::max(sets, 4), 9, [&](int i, cudaStream_t s) {
+        p.k = k[size_t(i % sets)].get();
+        cuda::window_scores(p, s);
+      });
+      report.time(text("window_scores tokens=", tokens, " window=", window), us, bytes, bytes / g_read_rate);
+    }
+  }
+}
+
 int run(const std::string& path) {
   cudaDeviceProp prop;
   VC_CUDA_CHECK(cudaGetDeviceProperties(&prop, 0));
@@ -371,6 +400,7 @@ int run(const std::string& path) {
   sample_times(report);
   page_times(report);
   codec_times(report);
+  window_times(report);
   return 0;
 }
 

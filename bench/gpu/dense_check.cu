@@ -4,7 +4,7 @@
 // before each run; every buffer has a guard behind it. Exit status 1 if a check fails.
 //
 //   dense_check [--quick] [--only PART] [results.json]      --quick: small shapes only, for compute-sanitizer
-//                                                           PART: linear, layer, sample or pages
+//                                                           PART: linear, layer, sample, pages or window
 #include <cmath>
 #include <limits>
 #include <numeric>
@@ -22,6 +22,7 @@
 #include "kernels/launchers.h"
 #include "linear_check.cuh"
 #include "linear_rope_check.cuh"
+#include "window_check.cuh"
 
 namespace vericache::bench {
 namespace {
@@ -531,6 +532,10 @@ int run(const std::string& path, bool quick, const std::string& only) {
     token_move_checks<float, float>(report, DType::kFloat32);
     codec_checks(report);
   }
+  if (wanted("window")) {
+    window_checks<__nv_bfloat16, bf16>(report, DType::kBFloat16, 2e-4, quick);
+    window_checks<float, float>(report, DType::kFloat32, 5e-5, quick);
+  }
   VC_CUDA_CHECK(cudaDeviceSynchronize());
   std::printf("%d checks failed\n", report.failures());
   return report.failures() == 0 ? 0 : 1;
@@ -552,8 +557,10 @@ int main(int argc, char** argv) {
       else
         path = arg;
     }
-    if (!only.empty() && only != "linear" && only != "layer" && only != "sample" && only != "pages") {
-      std::fprintf(stderr, "dense_check: --only is %s; it takes linear, layer, sample or pages.\n", only.c_str());
+    constexpr const char* kParts[] = {"", "linear", "layer", "sample", "pages", "window"};
+    if (std::find(std::begin(kParts), std::end(kParts), only) == std::end(kParts)) {
+      std::fprintf(stderr, "dense_check: --only is %s; it takes linear, layer, sample, pages or window.\n",
+                   only.c_str());
       return 2;
     }
     return vericache::bench::run(path, quick, only);

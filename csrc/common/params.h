@@ -199,6 +199,20 @@ struct SampleParams {
   int32_t rows, vocab;
 };
 
+// What a prompt's last `window` queries attend to: out[h, t] is the mean over the window of the causal softmax of
+// scale * q . k. Query w is at position tokens - window + w; a key in a query's future counts as 0.
+struct WindowScoresParams {
+  const void* queries;  // [window, q_heads, head_dim] T, rotated
+  const void* k;        // [kv_heads, tokens, head_dim] T, rotated
+  float* out;           // [q_heads, tokens] float32, contiguous
+  void* workspace;      // null on the CPU
+  int64_t q_stride_row, q_stride_head, k_stride_head, k_stride_token;
+  int32_t window, tokens;  // 1 <= window <= tokens
+  int32_t q_heads, kv_heads, head_dim;
+  float scale;  // above 0
+  DType dtype;
+};
+
 // Full pages <-> quantized pages, page by page.
 struct QuantizeParams {
   const int64_t* full_pages;   // [pages] int64, full pages (read by quantize, written by dequantize)

@@ -32,6 +32,9 @@ void silu_mul(const SiluMulParams& p, cudaStream_t stream);
 size_t sample_workspace_bytes(const SampleParams& p);
 void sample(const SampleParams& p, cudaStream_t stream);
 
+size_t window_scores_workspace_bytes(const WindowScoresParams& p);
+void window_scores(const WindowScoresParams& p, cudaStream_t stream);
+
 void kv_quantize(const QuantizeParams& p, cudaStream_t stream);
 void kv_dequantize(const QuantizeParams& p, cudaStream_t stream);
 void gather_tokens(const TokenMoveParams& p, cudaStream_t stream);

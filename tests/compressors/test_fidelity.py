@@ -10,7 +10,7 @@ import torch
 
 from vericache import ops
 from vericache.compressors import LayerEvidence, parse_compressor
-from vericache.compressors.select import budget, top_positions, window_attention
+from vericache.compressors.select import budget, top_positions
 
 
 def causal_window_softmax(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
@@ -96,23 +96,6 @@ def test_snapkv_of_everything_keeps_everything() -> None:
     k, q = torch.randn(2, 130, 64), torch.randn(64, 8, 64)
     positions = parse_compressor("snapkv:ratio=1").compress(k, k, LayerEvidence(0, q, 0)).positions
     assert positions.tolist() == [list(range(130))] * 2
-
-
-def test_window_scores_do_not_depend_on_the_block() -> None:
-    generator = torch.Generator().manual_seed(5)
-    q = torch.randn(64, 8, 64, generator=generator)
-    k = torch.randn(2, 1000, 64, generator=generator)
-    whole = window_attention(q, k)
-    assert torch.allclose(whole, causal_window_softmax(q, k).mean(1), atol=1e-7)
-    for block in (1, 4 * 1000, 7 * 4 * 1000):
-        assert torch.allclose(window_attention(q, k, block_elements=block), whole, atol=1e-7, rtol=1e-5)
-    # Causal: the last key is seen by the last query alone.
-    changed = k.clone()
-    changed[:, -1] += 10
-    assert torch.allclose(
-        window_attention(q[:-1], k[:, :-1]), window_attention(q[:-1], changed[:, :-1]), atol=0, rtol=0
-    )
-    assert not torch.allclose(window_attention(q, changed), whole, atol=1e-5)
 
 
 def test_top_positions_is_a_total_order() -> None:

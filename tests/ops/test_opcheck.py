@@ -75,6 +75,7 @@ class Cases:
                 full[[1, 1, 3, 3, 0]], Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, 1e-6,
             ),
             "silu_mul": (rand(ROWS, 48),),
+            "window_scores": (rand(ROWS, Q_HEADS, HEAD_DIM), rand(KV_HEADS, 40, HEAD_DIM)),
             "sample": (
                 torch.randn(ROWS, 99, generator=rng), torch.ones(ROWS), i32(0, 5, 0, 1, 2),
                 torch.full((ROWS,), 0.9), torch.zeros(ROWS), torch.arange(ROWS), positions,

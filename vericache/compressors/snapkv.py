@@ -13,6 +13,7 @@ from vericache.compressors import select
 from vericache.compressors.interface import Evidence, KeptTokens, Kind, LayerEvidence, Residual
 from vericache.compressors.options import Between, Odd, OneOf, option, validate
 from vericache.errors import InvalidRequestError
+from vericache.ops import window_scores
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ class SnapKV:
         count = select.budget(self.ratio, tokens)
         window = evidence.queries.shape[0]
         prefix = tokens - window
-        votes = select.window_attention(evidence.queries, k)[:, :prefix]
+        votes = window_scores(evidence.queries, k)[:, :prefix]
         scores = select.group_mean(select.pool(votes, self.kernel, self.pool), kv_heads)
         # Window tokens outrank every vote, the newest most, so that a budget below the window keeps its end.
         own = torch.arange(2, window + 2, dtype=torch.float32, device=k.device).expand(kv_heads, window)
