@@ -53,14 +53,17 @@ inline DeviceInfo device_info() {
   return {device, int(packed & 0xffff), int(packed >> 16 & 0xffffffff), packed >> 48 >= 9, packed >> 48 == 9};
 }
 
-// Raises a kernel's dynamic shared memory limit to the device's, once a device. One instance of `Kernel` a function.
+// Raises a kernel's dynamic shared memory limit to what the device and its static shared memory leave, once a device.
+// One instance of `Kernel` a function.
 template <auto Kernel>
 void allow_all_smem(const DeviceInfo& info) {
   static std::atomic<uint64_t> done{0};
   const uint64_t bit = info.device < 64 ? uint64_t(1) << info.device : 0;
   if (done.load(std::memory_order_relaxed) & bit) return;
+  cudaFuncAttributes attributes{};
+  VC_CUDA_CHECK(cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(Kernel)));
   VC_CUDA_CHECK(cudaFuncSetAttribute(reinterpret_cast<const void*>(Kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                     info.smem_optin));
+                                     info.smem_optin - int(attributes.sharedSizeBytes)));
   done.fetch_or(bit, std::memory_order_relaxed);
 }
 
