@@ -3,13 +3,14 @@
 //
 // Free of R1, so the work is cut to fit the chip: the tiles of all requests, 64 quantized or a few tail tokens each,
 // form one line (device/quant_line.cuh); every block takes an equal run of it, its warps take turns at the tiles and
-// work alone until the run meets the end of a unit (request, up to 8 item rows, KV head), where their states merge
-// (device/quant_merge.cuh). Item row i is query row i / group, head i % group, as in split_attention.cuh. What a warp
-// does with a tile: device/quant_state.cuh.
+// work alone until the run meets the end of a unit (request, up to 8 item rows, KV head), where their states merge. A
+// second kernel merges the states of units that lie in several runs (device/quant_merge.cuh). Item row i is query row
+// i / group, head i % group, as in split_attention.cuh. What a warp does with a tile: device/quant_state.cuh.
 //
-// Grid: one block, or a few, a multiprocessor. Shared memory: deposits and a mailbox for the merge, the line, a ring of
-// tiles a warp, filled by cp.async (device/quant_tile.cuh). Quantized tiles that fit the rings are
-// on their way before the kernel waits for the one before it, if the caller says that they are settled.
+// Grid: one block, or a few, a multiprocessor. Shared memory: the line, the states that warps deposit for the merge, a
+// ring of tiles a warp, filled by cp.async (device/quant_tile.cuh) and refilled beside the merge. Quantized tiles that
+// fit the rings are on their way before the kernel waits for the one before it, if the caller says that they are
+// settled: the merge of the call before, among others, so runs beside them.
 //
 // Other dtypes, head_dims, page and group sizes take device/simple_attention.cuh.
 #include <algorithm>
@@ -176,7 +177,7 @@ bool pairs_groups(const QuantAttentionParams& p) {
 
 // Warps, each with two tiles in flight: more of either, or two blocks a multiprocessor, were slower.
 constexpr int warps_for(int bits, int group, bool paired) {
-  return bits == 8 ? 5 : bits > 4 ? 13 - bits : bits == 4 ? 8 : group == 32 && !paired ? 8 : 11;
+  return bits == 8 ? 5 : bits > 4 ? 13 - bits : bits == 4 ? 8 : group == 32 && !paired ? 8 : 12;
 }
 template <int kHeadDim, int kBits, int kGroup, bool kPaired>
 using ShapeFor = QuantShape<kHeadDim, kBits, kGroup, kPaired, warps_for(kBits, kGroup, kPaired), 2, 1>;

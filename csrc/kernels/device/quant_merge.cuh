@@ -3,10 +3,12 @@
 // them. If the unit lies in the block's run as a whole, that is the output; else the merged state goes to memory, and a
 // second kernel, launched dependently, merges the states of such units.
 //
-// Order: a block's warps by number; the states of a unit in key order, cut into kRowWarps runs of equal length whose
-// sums are added in key order. All of it is fixed by the lengths, the counts of rows and heads and the number of
-// multiprocessors: the same call gives the same bits.
+// Order: a block's warps by number; the states of a unit in key order, in runs of equal length if several warps share
+// them, then the runs. All of it is fixed by the lengths, the counts of rows and heads and the number of
+// multiprocessors: the same call gives the same bits (bench/gpu/quant_batch.cuh).
 #pragma once
+
+#include <algorithm>
 
 #include "launch.cuh"
 #include "quant_state.cuh"
@@ -52,9 +54,15 @@ struct QuantSum {
     return own == negative_infinity() ? 0.f : fast_exp2(own - largest);
   }
   __device__ __forceinline__ void store_normalized(uint16_t* to) const {
+    static_assert(kChannels == 4 || kChannels == 2);
     const float by = l > 0.f || l != l ? 1.f / l : 0.f;
+    uint32_t words[kChannels / 2];
 #pragma unroll
-    for (int j = 0; j < kChannels; j += 2) reinterpret_cast<uint32_t*>(to)[j / 2] = pack_bf16(o[j] * by, o[j + 1] * by);
+    for (int j = 0; j < kChannels; j += 2) words[j / 2] = pack_bf16(o[j] * by, o[j + 1] * by);
+    if constexpr (kChannels == 4)
+      *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
+    else
+      *reinterpret_cast<uint32_t*>(to) = words[0];
   }
 };
 
@@ -162,7 +170,8 @@ inline constexpr int kMergeWarps = 4;  // of a block
 // warps. Grid: all rows and heads over kMergeWarps / kRowWarps. Shared memory: the line.
 //
 // The line is built before the wait, beside the kernel that makes the states, from what was there before that kernel
-// let this one start: it does so after its own wait. To fit beside it, a block here has at most 48 registers a thread.
+// let this one start: it does so after its own wait. To find room beside most shapes of it, a thread here
+// has at most 48 registers.
 template <int kHeadDim, int kRowWarps>
 __global__ void __launch_bounds__(32 * kMergeWarps, 10)
     quant_merge_kernel(const __grid_constant__ QuantMergeArgs args) {
@@ -229,7 +238,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 10)
   sum.store_normalized(static_cast<uint16_t*>(p.out) + (int64_t(row) * p.q_heads + head) * kHeadDim + lane * kPer);
 }
 
-// A warp a row and head where these fill the chip, else a block.
+// A block a row and head, unless there are units enough for most to consist of a few states: then a warp.
 template <int kHeadDim>
 void launch_quant_merge(const QuantMergeArgs& args, const DeviceInfo& info, cudaStream_t stream) {
   const auto with = [&]<int kRowWarps>() {
@@ -242,7 +251,9 @@ void launch_quant_merge(const QuantMergeArgs& args, const DeviceInfo& info, cuda
             size_t(QuantLine::ints(args.p.requests)) * sizeof(int)},
            info, stream, args);
   };
-  if (int64_t(args.p.rows) * args.p.q_heads < 8 * int64_t(info.multiprocessors))
+  const int64_t items = int64_t(args.p.rows) * (args.p.q_heads / args.p.kv_heads);
+  const int64_t units = std::max<int64_t>(args.p.requests, items / args.item_rows) * args.p.kv_heads;
+  if (args.blocks > 4 * units)
     with.template operator()<kMergeWarps>();
   else
     with.template operator()<1>();
