@@ -3,13 +3,15 @@
 // `quick` is for compute-sanitizer: the same checks on few rows and tokens.
 //
 // Against float64: full, kept and quantized attention, with NaN in every slot that must not be read. Kept attention,
-// free of R1, twice more in other pages: the same bits. Invariance (R1), on bytes: a position's row alone is the
-// reference; then 1 .. 128 rows together, batches of mixed requests, shuffled pages, 20 repeats. The control, one
+// free of R1, twice more in other pages: the same bits. Batches of quantized requests against each request alone, and
+// calls that overlap against calls that do not (quant_batch.cuh). Invariance (R1), on bytes: a position's row alone is
+// the reference; then 1 .. 128 rows together, batches of mixed requests, shuffled pages, 20 repeats. The control, one
 // changed bit of one old key, must be noticed. The same at the sizes that attention_bench times
 // (attention_bitwise.cuh): the rows named `bitwise`.
 #include "attention_bitwise.cuh"
 #include "attention_cases.cuh"
 #include "kernels/device/splits.cuh"
+#include "quant_batch.cuh"
 
 namespace {
 
@@ -220,6 +222,7 @@ int main(int argc, char** argv) try {
     check_kept(report, {4, 2, 64, 64});
     for (const int bits : {8, 4, 2}) check_quant(report, {8, 2, 128, 64}, bits, 32);
     check_quant(report, {8, 2, 128, 64}, 2, 32, 1);
+    check_quant_batch(report, {8, 2, 128, 64}, 4, 1);
     std::printf("%d failures\n", report.failures());
     return report.failures() > 0;
   }
@@ -253,6 +256,9 @@ int main(int argc, char** argv) try {
   check_quant(report, {6, 2, 64, 64}, 6, 32, 1);
   check_quant(report, {4, 2, 64, 16}, 4, 16);  // no tensor cores
   check_quant(report, {4, 2, 64, 16}, 6, 16);
+  for (const int bits : {8, 7, 6, 5, 4, 2})
+    for (const int rows : {1, 2}) check_quant_batch(report, {32, 8, 128, 64}, bits, rows);
+  check_quant_batch(report, {8, 1, 64, 64}, 4, 9);
   constexpr int kTimed[][2] = {{8, 4}, {8, 32}, {8, 128}, {1, 32}, {1, 128}};  // requests, K tokens
   for (const auto& [requests, kilo] : kTimed) BitwiseAttention(requests, kilo * 1024).check(report);
   BitwiseAttention(1, cuda::AbsoluteSplits::kMiddleEnd + 64).check(report);  // rows on both sides of a new length

@@ -3,13 +3,14 @@
 //
 // Free of R1, so the work is cut to fit the chip: the tiles of all requests, 64 quantized or a few tail tokens each,
 // form one line (device/quant_line.cuh); every block takes an equal run of it, its warps take turns at the tiles and
-// work alone until the run meets the end of a unit (request, up to 8 item rows, KV head), where their states merge
-// (device/quant_merge.cuh). Item row i is query row i / group, head i % group, as in split_attention.cuh. What a warp
-// does with a tile: device/quant_state.cuh.
+// work alone until the run meets the end of a unit (request, up to 8 item rows, KV head), where their states merge. A
+// second kernel merges the states of units that lie in several runs (device/quant_merge.cuh). Item row i is query row
+// i / group, head i % group, as in split_attention.cuh. What a warp does with a tile: device/quant_state.cuh.
 //
-// Grid: one block, or a few, a multiprocessor. Shared memory: deposits and a mailbox for the merge, the line, a ring of
-// tiles a warp, filled by cp.async (device/quant_tile.cuh). Quantized tiles that fit the rings are
-// on their way before the kernel waits for the one before it, if the caller says that they are settled.
+// Grid: one block, or a few, a multiprocessor. Shared memory: the line, the states that warps deposit for the merge, a
+// ring of tiles a warp, filled by cp.async (device/quant_tile.cuh) and refilled beside the merge. Quantized tiles that
+// fit the rings are on their way before the kernel waits for the one before it, if the caller says that they are
+// settled: the merge of the call before, among others, so runs beside them.
 //
 // Other dtypes, head_dims, page and group sizes take device/simple_attention.cuh.
 #include <algorithm>
@@ -29,31 +30,18 @@ struct QuantArgs {
   QuantStates states;
 };
 
-// Block 0: fresh counters for units that more than one block works on. All: zeros for rows without keys.
-template <class Shape>
-__device__ void prepare_outputs(const QuantArgs& args, const QuantLine& line) {
-  const auto& p = args.p;
-  if (blockIdx.x == 0) {
-    const int units = line.first_unit[p.requests];
-    for (int u = threadIdx.x; u < units; u += int(blockDim.x)) {
-      int lo = 0, hi = p.requests;
-      while (hi - lo > 1) {
-        const int mid = (lo + hi) / 2;
-        (line.first_unit[mid] <= u ? lo : hi) = mid;
-      }
-      const int tiles = line.tiles[lo], first = line.first_tile[lo] + (u - line.first_unit[lo]) * tiles;
-      if (tiles > 0 && line.block_of(first) != line.block_of(first + tiles - 1))
-        atomicExch(args.states.arrived + u, kFreshUnit);
-    }
-  }
-  const auto clear = [&](int row) {
-    auto* at = static_cast<uint32_t*>(p.out) + int64_t(row) * p.q_heads * (Shape::kHeadDim / 2);
-    for (int i = threadIdx.x; i < p.q_heads * (Shape::kHeadDim / 2); i += int(blockDim.x)) at[i] = 0;
-  };
-  for (int row = line.row_offset[p.requests] + int(blockIdx.x); row < p.rows; row += int(gridDim.x)) clear(row);
-  for (int r = blockIdx.x; r < p.requests; r += int(gridDim.x))
-    if (line.tiles[r] == 0)
-      for (int row = line.row_offset[r]; row < line.row_offset[r + 1]; ++row) clear(row);
+// Page tables into the L2, shared out over the grid: addresses are looked up once the line is built.
+__device__ __forceinline__ void prefetch_tables(const QuantAttentionParams& p) {
+  constexpr int kLine = 128 / int(sizeof(int64_t));
+  const int lines = (p.max_quant_pages + kLine - 1) / kLine;
+  for (int i = int(blockIdx.x * blockDim.x + threadIdx.x); i < p.requests * lines; i += int(gridDim.x * blockDim.x))
+    prefetch_l2(p.quant_table + i / lines * p.quant_stride_request + i % lines * kLine);
+}
+
+// The warps whose turns are `count` tiles of a run from its tile `first` on, one bit each.
+__device__ __forceinline__ uint32_t turns(int first, int count, int warps) {
+  const uint32_t all = (1u << warps) - 1, some = (1u << min(count, warps)) - 1;
+  return (some << first % warps | some >> (warps - first % warps)) & all;
 }
 
 template <class Shape>
@@ -63,16 +51,15 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
   const QuantAttentionParams& p = args.p;
   unsigned char* smem = dynamic_smem();
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, group = p.q_heads / p.kv_heads;
-  volatile int* deposits = reinterpret_cast<volatile int*>(smem);
-  volatile int* mailbox = deposits + Shape::kWarps;
-  if (threadIdx.x < Shape::kWarps) deposits[threadIdx.x] = -1;
+  prefetch_tables(p);
   QuantLine line;
-  line.place(reinterpret_cast<int*>(smem) + Shape::kWarps + 1, p.requests);
+  line.place(reinterpret_cast<int*>(smem), p.requests, int(gridDim.x));
   if (!p.tables_settled) wait_for_previous_kernel();
   line.build(p, Shape::kItemRows, Shape::kTailTokens);
 
   const int begin = line.begin(int(blockIdx.x)), end = line.begin(int(blockIdx.x) + 1);
-  unsigned char* ring = smem + Shape::rings(p.requests) + warp * Shape::kRingBytes;
+  unsigned char* deposits = smem + Shape::line_bytes(p.requests);
+  unsigned char* ring = deposits + warps * Shape::kStateBytes + warp * Shape::kRingBytes;
   int next = begin + warp;  // tile to be copied next
   LineCursor ahead;         // its place
   {
@@ -98,10 +85,6 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
     }
     ahead = at[kStages - 1];
   }
-  wait_for_previous_kernel();
-  let_next_kernel_start();
-  prepare_outputs<Shape>(args, line);
-
   const char* page = nullptr;  // of the tile at `ahead`: its address arrives while another tile is worked on
   const auto look_ahead = [&] {
     if (next >= end) return;
@@ -117,30 +100,30 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
     cp_async_commit();
   };
   look_ahead();
+  LineCursor at;
+  if (begin < end) at.seek(line, p, begin);
+  wait_for_previous_kernel();
+  let_next_kernel_start();
 
   const float c = p.scale * kLog2e;
   int flat = begin + warp, slot = 0;
   for (int from = begin; from < end;) {  // the part of a unit that lies in this run
-    LineCursor at;
-    at.seek(line, p, from);
     const int unit_begin = from - at.tile, to = min(end, unit_begin + at.tiles);
     QuantUnit unit;
     unit.number = at.unit, unit.kv_head = at.kv_head, unit.query0 = line.row_offset[at.request];
     unit.first_item = at.row_block * Shape::kItemRows;
     const int items = (line.row_offset[at.request + 1] - int(unit.query0)) * group;
     unit.rows = min(Shape::kItemRows, items - unit.first_item);
-    unit.first_block = line.block_of(unit_begin), unit.last_block = line.block_of(unit_begin + at.tiles - 1);
+    unit.whole = from == unit_begin && to == unit_begin + at.tiles;
 
-    const bool takes_part = flat < to;
-    int used = 0;
-    if (takes_part) {
+    if (flat < to) {
       QuantState<Shape> state;
       const int column = unit.first_item + lane / 4 % Shape::kItemRows;
       state.start(column < items ? static_cast<const uint16_t*>(p.q) + (unit.query0 + column / group) * p.q_stride_row +
                                        (at.kv_head * group + column % group) * p.q_stride_head
                                  : nullptr,
                   lane);
-      while (true) {
+      do {
         cp_async_wait<kStages - 1>();
         __syncwarp();  // every lane's copies of the tile have landed
         const unsigned char* tile = ring + slot * Shape::kTileBytes;
@@ -160,33 +143,20 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
           state.tail(tile, c, lane, line.last_pos[at.request] + 1 - skipped, seen);
         }
         __syncwarp();  // the tile has been read
-        used = slot;
+        refill(slot);
         slot = slot + 1 == kStages ? 0 : slot + 1;
         flat += warps;
-        if (flat >= to) break;
-        refill(used);
-      }
-      auto* o = reinterpret_cast<float*>(ring + used * Shape::kTileBytes);
+      } while (flat < to);
+      auto* o = reinterpret_cast<float*>(deposits + warp * Shape::kStateBytes);
       state.deposit(o, reinterpret_cast<float2*>(o + Shape::kItemRows * Shape::kHeadDim), lane);
     }
-    if (lane == 0) deposits[warp] = takes_part ? int(ring - smem) + used * Shape::kTileBytes : -1;
     __syncthreads();  // deposits are there
-    merge_warps<Shape>(p, args.states, unit, smem, const_cast<const int*>(deposits));
-    __syncthreads();  // deposits have been read, this block's state written
-    if (takes_part) refill(used);
-    if (unit.first_block != unit.last_block) {
-      if (threadIdx.x == 0) {
-        __threadfence();  // after the barrier: of all threads' states
-        UnitCounter* counter = args.states.arrived + unit.number;
-        const bool last = count_one(counter) == unit.last_block - unit.first_block;
-        if (last) *counter = 0;
-        __threadfence();
-        *mailbox = last;
-      }
-      __syncthreads();
-      if (*mailbox) merge_blocks<Shape>(p, args.states, unit);
-    }
+    merge_warps<Shape>(p, args.states, unit, deposits, turns(from - begin, to - from, warps));
     from = to;
+    if (from < end) {
+      at.seek(line, p, from);
+      __syncthreads();  // deposits have been read
+    }
   }
 }
 
@@ -212,11 +182,9 @@ constexpr int warps_for(int bits, int group, bool paired) {
 template <int kHeadDim, int kBits, int kGroup, bool kPaired>
 using ShapeFor = QuantShape<kHeadDim, kBits, kGroup, kPaired, warps_for(kBits, kGroup, kPaired), 2, 1>;
 
-int64_t max_units(const QuantAttentionParams& p, int item_rows) {
-  return (int64_t(p.rows) * (p.q_heads / p.kv_heads) / item_rows + p.requests) * p.kv_heads;
-}
 int64_t max_states(const QuantAttentionParams& p, int item_rows, int blocks) {
-  return (int64_t(blocks) + max_units(p, item_rows)) * item_rows;
+  const int64_t row_blocks = int64_t(p.rows) * (p.q_heads / p.kv_heads) / item_rows + p.requests;
+  return (int64_t(blocks) + row_blocks * p.kv_heads) * item_rows;
 }
 
 template <class Shape>
@@ -224,12 +192,13 @@ void launch_quant(const QuantAttentionParams& p, cudaStream_t stream) {
   constexpr auto kernel = quant_attention_kernel<Shape>;
   const DeviceInfo info = device_info();
   const int blocks = info.multiprocessors * Shape::kBlocks;
-  const int warps = std::min(Shape::kWarps, (info.smem_optin - Shape::rings(p.requests)) / Shape::kRingBytes);
+  const int warps = std::min(Shape::kWarps, (info.smem_optin - Shape::line_bytes(p.requests)) / Shape::kWarpBytes);
   VC_CHECK(warps > 0, p.requests, " requests leave no shared memory for the attention kernel; use fewer a batch.");
   const auto states = QuantStates::at(p.workspace, max_states(p, Shape::kItemRows, blocks), Shape::kHeadDim);
   allow_all_smem<kernel>(info);
-  launch(kernel, {dim3(blocks), dim3(32 * warps), size_t(Shape::rings(p.requests) + warps * Shape::kRingBytes)}, info,
-         stream, QuantArgs{p, QuantBlob::make(p), states});
+  launch(kernel, {dim3(blocks), dim3(32 * warps), size_t(Shape::line_bytes(p.requests) + warps * Shape::kWarpBytes)},
+         info, stream, QuantArgs{p, QuantBlob::make(p), states});
+  launch_quant_merge<Shape::kHeadDim>({p, states, blocks, Shape::kItemRows, Shape::kTailTokens}, info, stream);
 }
 
 template <int kHeadDim, int kBits, int kGroup>
@@ -264,8 +233,7 @@ void launch_bits(const QuantAttentionParams& p, cudaStream_t stream) {
 size_t quant_attention_workspace_bytes(const QuantAttentionParams& p) {
   if (!takes_tensor_cores(p)) return 0;
   const int item_rows = pairs_groups(p) ? 4 : 8;
-  return QuantStates::bytes(max_states(p, item_rows, device_info().multiprocessors), max_units(p, item_rows),
-                            p.head_dim);
+  return QuantStates::bytes(max_states(p, item_rows, device_info().multiprocessors), p.head_dim);
 }
 
 void quant_attention(const QuantAttentionParams& p, cudaStream_t stream) {

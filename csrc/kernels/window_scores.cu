@@ -38,7 +38,7 @@ constexpr int kTileKeys = 64;  // keys of a stage
 constexpr int kSplitTiles = 4, kSplitKeys = kSplitTiles * kTileKeys;
 constexpr int kWarps = 4, kThreads = 32 * kWarps;
 constexpr int kChunkRows = 32;           // queries of a warp
-constexpr int kBlocks = 3, kStages = 4;  // a multiprocessor; tiles in the ring
+constexpr int kBlocks = 3, kStages = 3;  // a multiprocessor; tiles in the ring
 
 template <int kDim, int kHeadsOfBlock>
 struct Shape {

@@ -15,7 +15,7 @@ inline constexpr int kQuantTokens = 64;  // of a tile of quantized pages; lies w
 inline constexpr int kMinRun = 4;        // tiles a block takes at least
 
 // Request r has units (row block, KV head) numbered from first_unit[r] on, each of tiles[r] tiles, from first_tile[r]
-// of the line on. Built by every block from the device-side lengths.
+// of the line on. Built by every block from the device-side lengths, so that no launch depends on any of them.
 struct QuantLine {
   int* first_tile;   // [requests + 1]
   int* first_unit;   // [requests + 1]
@@ -24,10 +24,12 @@ struct QuantLine {
   int* last_pos;     // [requests]
   int* row_offset;   // [requests + 1]
   int requests;
+  int grid;  // of the kernel that works on the tiles
 
   static __host__ __device__ int ints(int requests) { return 6 * (requests + 1); }
-  __device__ void place(int* memory, int count) {
+  __device__ void place(int* memory, int count, int launched_blocks) {
     requests = count;
+    grid = launched_blocks;
     first_tile = memory;
     first_unit = first_tile + count + 1;
     tiles = first_unit + count + 1;
@@ -40,7 +42,7 @@ struct QuantLine {
 
   // Which tiles the blocks take: block b those from begin(b) up to begin(b + 1).
   __device__ int total() const { return first_tile[requests]; }
-  __device__ int blocks() const { return max(1, min(int(gridDim.x), total() / kMinRun)); }
+  __device__ int blocks() const { return max(1, min(grid, total() / kMinRun)); }
   __device__ int begin(int block) const { return int(int64_t(total()) * min(block, blocks()) / blocks()); }
   __device__ int block_of(int tile) const { return int(((int64_t(tile) + 1) * blocks() - 1) / total()); }
 

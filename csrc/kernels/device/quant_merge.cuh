@@ -1,154 +1,262 @@
 // SPDX-License-Identifier: Apache-2.0
 // From the states of warps to outputs. A block's warps leave their states of a unit in shared memory; the block merges
-// them. If the unit lies in the block's run as a whole, that is the output; else the merged state goes to memory, and
-// the block that brings a unit's last state merges them, in key order. Every order is fixed by the lengths and the
-// number of multiprocessors: the same call gives the same bits.
+// them. If the unit lies in the block's run as a whole, that is the output; else the merged state goes to memory, and a
+// second kernel, launched dependently, merges the states of such units.
+//
+// Order: a block's warps by number; the states of a unit in key order, in runs of equal length if several warps share
+// them, then the runs. All of it is fixed by the lengths, the counts of rows and heads and the number of
+// multiprocessors: the same call gives the same bits (bench/gpu/quant_batch.cuh).
 #pragma once
+
+#include <algorithm>
 
 #include "launch.cuh"
 #include "quant_state.cuh"
+#include "reduce.cuh"
+#include "shared_memory.cuh"
 
 namespace vericache::cuda {
 
-// Counters of one launch, in the workspace, whose contents are unknown before it: a tag in the high word and a count in
-// the low one. Block 0 sets them to (tag, 0); adding to one that does not carry the tag yet is repeated; the last to
-// add clears it, so that no launch meets another's tags. The tag is a NaN no arithmetic makes.
-using UnitCounter = unsigned long long;
-inline constexpr UnitCounter kFreshUnit = 0xffa5c3e2ull << 32;
-
-__device__ __forceinline__ int count_one(UnitCounter* counter) {
-  while (true) {
-    const UnitCounter old = atomicAdd(counter, 1ull);
-    if (old >> 32 == kFreshUnit >> 32) return int(old & 0xffffffffu);
-  }
-}
-
 // States of units cut by a block's end: that of row i of unit u from block b at index (b + u) * kItemRows + i.
 struct QuantStates {
-  float* o;              // [count, head_dim]
-  float2* ml;            // [count]: reference (log2 units, -inf if there is no key), sum of weights
-  UnitCounter* arrived;  // [units]
+  float* o;    // [count, head_dim]
+  float2* ml;  // [count]: reference (log2 units, -inf if there is no key), sum of weights
 
-  static size_t bytes(int64_t count, int64_t units, int head_dim) {
-    return size_t(count) * (head_dim * sizeof(float) + sizeof(float2)) + size_t(units) * sizeof(UnitCounter);
+  static size_t bytes(int64_t count, int head_dim) {
+    return size_t(count) * (head_dim * sizeof(float) + sizeof(float2));
   }
   static QuantStates at(void* memory, int64_t count, int head_dim) {
     float* o = static_cast<float*>(memory);
-    auto* ml = reinterpret_cast<float2*>(o + count * head_dim);
-    return {o, ml, reinterpret_cast<UnitCounter*>(ml + count)};
+    return {o, reinterpret_cast<float2*>(o + count * head_dim)};
   }
 };
 
-// Four channels of a state, and sums of such.
+// Some channels of a state, and sums of such.
+template <int kChannels>
 struct QuantSum {
   float reference = negative_infinity(), l = 0.f;
-  float4 o = {0.f, 0.f, 0.f, 0.f};
+  float o[kChannels] = {};
 
-  __device__ __forceinline__ void raise(float to) {  // to >= reference
-    const float factor = reference == negative_infinity() ? 0.f : fast_exp2(reference - to);
+  // To the reference `to`, at least the own one.
+  __device__ __forceinline__ void raise(float to) {
+    const float factor = weight_of(reference, to);
     reference = to;
     l *= factor;
-    o.x *= factor, o.y *= factor, o.z *= factor, o.w *= factor;
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) o[j] *= factor;
   }
-  __device__ __forceinline__ void add(float2 ml, float4 x) {  // ml.x <= reference
-    const float weight = ml.x == negative_infinity() ? 0.f : fast_exp2(ml.x - reference);
-    l = fmaf(ml.y, weight, l);
-    o.x = fmaf(x.x, weight, o.x);
-    o.y = fmaf(x.y, weight, o.y);
-    o.z = fmaf(x.z, weight, o.z);
-    o.w = fmaf(x.w, weight, o.w);
+  __device__ __forceinline__ void add(const float (&x)[kChannels], float weight) {
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) o[j] = fmaf(x[j], weight, o[j]);
   }
-  __device__ __forceinline__ uint2 normalized() const {
+  // What a state counts beside the largest reference; nothing if it holds no key.
+  static __device__ __forceinline__ float weight_of(float own, float largest) {
+    return own == negative_infinity() ? 0.f : fast_exp2(own - largest);
+  }
+  __device__ __forceinline__ void store_normalized(uint16_t* to) const {
+    static_assert(kChannels == 4 || kChannels == 2);
     const float by = l > 0.f || l != l ? 1.f / l : 0.f;
-    return {pack_bf16(o.x * by, o.y * by), pack_bf16(o.z * by, o.w * by)};
+    uint32_t words[kChannels / 2];
+#pragma unroll
+    for (int j = 0; j < kChannels; j += 2) words[j / 2] = pack_bf16(o[j] * by, o[j + 1] * by);
+    if constexpr (kChannels == 4)
+      *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
+    else
+      *reinterpret_cast<uint32_t*>(to) = words[0];
   }
 };
 
-// What the merges need to know of a unit.
+template <int kChannels>
+__device__ __forceinline__ void load_channels(float (&to)[kChannels], const float* from) {
+  uint32_t words[kChannels];
+  load_words(words, from);
+#pragma unroll
+  for (int j = 0; j < kChannels; ++j) to[j] = __uint_as_float(words[j]);
+}
+
+// Past the L1: for what another kernel has written meanwhile.
+template <int kChannels>
+__device__ __forceinline__ void load_fresh(float (&to)[kChannels], const float* from) {
+  if constexpr (kChannels == 4) {
+    const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+  } else {
+    static_assert(kChannels == 2);
+    const float2 x = __ldcg(reinterpret_cast<const float2*>(from));
+    to[0] = x.x, to[1] = x.y;
+  }
+}
+
+// What a block needs to know of a unit to merge its warps' states.
 struct QuantUnit {
   int number, rows;  // rows: of this unit
   int64_t query0;    // the first query row of its request
   int first_item;    // the request's item row that is its row 0
   int kv_head;
-  int first_block, last_block;
+  bool whole;  // in this block's run
 
-  template <class Shape>
-  __device__ __forceinline__ uint2* out(const QuantAttentionParams& p, int row, int piece) const {
+  __device__ __forceinline__ int64_t out_row(const QuantAttentionParams& p, int row) const {
     const int group = p.q_heads / p.kv_heads, i = first_item + row;
-    const int64_t at = (query0 + i / group) * p.q_heads + kv_head * group + i % group;
-    return reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.out) + at * Shape::kHeadDim) + piece;
+    return (query0 + i / group) * p.q_heads + kv_head * group + i % group;
   }
 };
 
-// By all threads of the block. `deposits` [kWarps]: of each warp the offset of its state in `smem`, or -1.
+// By all threads of the block. `deposits`: kStateBytes a warp, of the warps in `present`.
 template <class Shape>
 __device__ __forceinline__ void merge_warps(const QuantAttentionParams& p, const QuantStates& states,
-                                            const QuantUnit& unit, const unsigned char* smem, const int* deposits) {
+                                            const QuantUnit& unit, const unsigned char* deposits, uint32_t present) {
   constexpr int kPieces = Shape::kHeadDim / 4;
-  const bool whole = unit.first_block == unit.last_block;
   for (int task = threadIdx.x; task < unit.rows * kPieces; task += int(blockDim.x)) {
     const int row = task / kPieces, piece = task % kPieces;
-    const auto ml_of = [&](int w) {
-      return reinterpret_cast<const float2*>(smem + deposits[w] + Shape::kItemRows * Shape::kHeadDim * 4)[row];
-    };
-    QuantSum sum;
+    const auto has = [&](int w) { return (present >> w & 1) != 0; };
+    QuantSum<4> sum;
     float2 ml[Shape::kWarps];
-    float largest = negative_infinity();
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) {
-      ml[w] = deposits[w] >= 0 ? ml_of(w) : make_float2(negative_infinity(), 0.f);
-      largest = fmaxf(largest, ml[w].x);
+      const auto* at = deposits + w * Shape::kStateBytes + Shape::kItemRows * Shape::kHeadDim * 4;
+      ml[w] = has(w) ? reinterpret_cast<const float2*>(at)[row] : make_float2(negative_infinity(), 0.f);
+      sum.reference = fmaxf(sum.reference, ml[w].x);
     }
-    sum.reference = largest;
 #pragma unroll
-    for (int w = 0; w < Shape::kWarps; ++w)
-      if (deposits[w] >= 0) sum.add(ml[w], reinterpret_cast<const float4*>(smem + deposits[w])[task]);
-    if (whole) {
-      *unit.out<Shape>(p, row, piece) = sum.normalized();
+    for (int w = 0; w < Shape::kWarps; ++w) {
+      if (!has(w)) continue;
+      const float weight = QuantSum<4>::weight_of(ml[w].x, sum.reference);
+      float o[4];
+      load_channels(o, reinterpret_cast<const float*>(deposits + w * Shape::kStateBytes) + task * 4);
+      sum.add(o, weight);
+      sum.l = fmaf(ml[w].y, weight, sum.l);
+    }
+    if (unit.whole) {
+      sum.store_normalized(static_cast<uint16_t*>(p.out) + unit.out_row(p, row) * Shape::kHeadDim + piece * 4);
     } else {
       const int64_t at = (int64_t(blockIdx.x) + unit.number) * Shape::kItemRows + row;
-      reinterpret_cast<float4*>(states.o)[at * kPieces + piece] = sum.o;
+      reinterpret_cast<float4*>(states.o)[at * kPieces + piece] = {sum.o[0], sum.o[1], sum.o[2], sum.o[3]};
       if (piece == 0) states.ml[at] = make_float2(sum.reference, sum.l);
     }
   }
 }
 
-// By all threads of the block that brought the unit's last state. Two neighbouring lanes share four channels of a row:
-// one takes the even states, one the odd.
-template <class Shape>
-__device__ __forceinline__ void merge_blocks(const QuantAttentionParams& p, const QuantStates& states,
-                                             const QuantUnit& unit) {
-  constexpr int kPieces = Shape::kHeadDim / 4, kBatch = 10;  // states loaded before the first is used
-  const int count = unit.last_block - unit.first_block + 1;
-  const int64_t first = (int64_t(unit.first_block) + unit.number) * Shape::kItemRows;
-  for (int item = threadIdx.x; item < unit.rows * kPieces * 2; item += int(blockDim.x)) {  // whole warps
-    const int row = item / 2 / kPieces, piece = item / 2 % kPieces;
-    QuantSum sum;
-    for (int base = item % 2; base < count; base += 2 * kBatch) {
-      float2 ml[kBatch];
-      float4 o[kBatch];
+// The states of one query row and head: `count` of them from index `first` on, kItemRows apart. None if a block has
+// written the output already, or if the row has no keys (`empty`).
+struct QuantStateRun {
+  int64_t first;
+  int count;
+  bool empty;
+};
+
+__device__ __forceinline__ QuantStateRun states_of(const QuantAttentionParams& p, const QuantLine& line, int item_rows,
+                                                   int row, int head) {
+  const int r = row < line.row_offset[p.requests] ? line.request_of_row(row) : -1;
+  if (r < 0 || line.tiles[r] == 0) return {0, 0, true};
+  const int tiles = line.tiles[r], group = p.q_heads / p.kv_heads;
+  const int item = (row - line.row_offset[r]) * group + head % group;
+  const int number = item / item_rows * p.kv_heads + head / group;  // of the unit among the request's
+  const int begin = line.first_tile[r] + number * tiles;
+  const int first_block = line.block_of(begin), last_block = line.block_of(begin + tiles - 1);
+  if (first_block == last_block) return {0, 0, false};
+  return {(int64_t(first_block) + line.first_unit[r] + number) * item_rows + item % item_rows,
+          last_block - first_block + 1, false};
+}
+
+struct QuantMergeArgs {
+  QuantAttentionParams p;
+  QuantStates states;
+  int blocks, item_rows, tail_tokens;  // of the kernel that makes the states
+};
+
+inline constexpr int kMergeWarps = 4;  // of a block
+
+// Outputs of rows whose unit a block's end cuts, and zeros for rows without keys. Each row and head takes kRowWarps
+// warps. Grid: all rows and heads over kMergeWarps / kRowWarps. Shared memory: the line.
+//
+// The line is built before the wait, beside the kernel that makes the states, from what was there before that kernel
+// let this one start: it does so after its own wait. To find room beside most shapes of it, a thread here
+// has at most 48 registers.
+template <int kHeadDim, int kRowWarps>
+__global__ void __launch_bounds__(32 * kMergeWarps, 10)
+    quant_merge_kernel(const __grid_constant__ QuantMergeArgs args) {
+  constexpr int kPer = kHeadDim / 32;             // channels a lane
+  constexpr int kBatch = kRowWarps == 1 ? 4 : 5;  // states loaded before the first is used
+  __shared__ float run_o[kRowWarps][kHeadDim];
+  __shared__ float2 run_ml[kRowWarps];
+  const QuantAttentionParams& p = args.p;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  let_next_kernel_start();  // it waits for this one's end, hence for the states
+  QuantLine line;
+  line.place(reinterpret_cast<int*>(dynamic_smem()), p.requests, args.blocks);
+  line.build(p, args.item_rows, args.tail_tokens);
+  const int index = int(blockIdx.x) * (kMergeWarps / kRowWarps) + warp / kRowWarps;
+  const int row = index / p.q_heads, head = index % p.q_heads;
+  const QuantStateRun run = row < p.rows ? states_of(p, line, args.item_rows, row, head) : QuantStateRun{0, 0, false};
+  wait_for_previous_kernel();
+  if (run.count == 0 && !run.empty) return;  // the same for all warps of a row and head
+
+  const int each = (run.count + kRowWarps - 1) / kRowWarps, from = warp % kRowWarps * each;
+  const int to = min(run.count, from + each);
+  QuantSum<kPer> sum;
+  for (int begin = from; begin < to; begin += kBatch) {
+    const int64_t first = run.first + int64_t(begin) * args.item_rows;
+    const float2* from_ml = args.states.ml + first;
+    const float* from_o = args.states.o + first * kHeadDim + lane * kPer;
+    const int count = min(kBatch, to - begin);
+    float2 ml = make_float2(negative_infinity(), 0.f);
+    if (lane < count) ml = __ldcg(from_ml + lane * args.item_rows);
+    float o[kBatch][kPer];
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const bool exists = base + 2 * i < count;
-        const int64_t at = first + int64_t(base + 2 * i) * Shape::kItemRows + row;
-        ml[i] = exists ? __ldcg(states.ml + at) : make_float2(negative_infinity(), 0.f);
-        o[i] = exists ? __ldcg(reinterpret_cast<const float4*>(states.o) + at * kPieces + piece)
-                      : make_float4(0.f, 0.f, 0.f, 0.f);
-      }
-      float largest = sum.reference;
+    for (int i = 0; i < kBatch; ++i) {  // all loads first: they are independent
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) largest = fmaxf(largest, ml[i].x);
-      sum.raise(largest);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) sum.add(ml[i], o[i]);
+      for (int j = 0; j < kPer; ++j) o[i][j] = 0.f;
+      if (i < count) load_fresh(o[i], from_o + i * args.item_rows * kHeadDim);
     }
-    const auto other = [](float x) { return __shfl_xor_sync(0xffffffffu, x, 1); };
-    const float2 ml = {other(sum.reference), other(sum.l)};
-    const float4 o = {other(sum.o.x), other(sum.o.y), other(sum.o.z), other(sum.o.w)};
-    sum.raise(fmaxf(sum.reference, ml.x));
-    sum.add(ml, o);
-    if (item % 2 == 0) *unit.out<Shape>(p, row, piece) = sum.normalized();
+    float largest = fmaxf(sum.reference, ml.x);
+    for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    sum.raise(largest);
+    const float weight = sum.weight_of(ml.x, largest);
+    sum.l += warp_sum(ml.y * weight);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) sum.add(o[i], __shfl_sync(0xffffffffu, weight, i));
   }
+  if constexpr (kRowWarps > 1) {
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) run_o[warp][lane * kPer + j] = sum.o[j];
+    if (lane == 0) run_ml[warp] = make_float2(sum.reference, sum.l);
+    __syncthreads();
+    if (warp > 0) return;
+    float largest = sum.reference;
+#pragma unroll
+    for (int w = 1; w < kRowWarps; ++w) largest = fmaxf(largest, run_ml[w].x);
+    sum.raise(largest);
+#pragma unroll
+    for (int w = 1; w < kRowWarps; ++w) {
+      const float weight = sum.weight_of(run_ml[w].x, largest);
+      sum.l = fmaf(run_ml[w].y, weight, sum.l);
+      float o[kPer];
+      load_channels(o, run_o[w] + lane * kPer);
+      sum.add(o, weight);
+    }
+  }
+  sum.store_normalized(static_cast<uint16_t*>(p.out) + (int64_t(row) * p.q_heads + head) * kHeadDim + lane * kPer);
+}
+
+// A block a row and head, unless there are units enough for most to consist of a few states: then a warp.
+template <int kHeadDim>
+void launch_quant_merge(const QuantMergeArgs& args, const DeviceInfo& info, cudaStream_t stream) {
+  const auto with = [&]<int kRowWarps>() {
+    constexpr auto kernel = quant_merge_kernel<kHeadDim, kRowWarps>;
+    constexpr int kRows = kMergeWarps / kRowWarps;
+    const int64_t all = int64_t(args.p.rows) * args.p.q_heads;
+    allow_all_smem<kernel>(info);
+    launch(kernel,
+           {dim3(unsigned((all + kRows - 1) / kRows)), dim3(32 * kMergeWarps),
+            size_t(QuantLine::ints(args.p.requests)) * sizeof(int)},
+           info, stream, args);
+  };
+  const int64_t items = int64_t(args.p.rows) * (args.p.q_heads / args.p.kv_heads);
+  const int64_t units = std::max<int64_t>(args.p.requests, items / args.item_rows) * args.p.kv_heads;
+  if (args.blocks > 4 * units)
+    with.template operator()<kMergeWarps>();
+  else
+    with.template operator()<1>();
 }
 
 }  // namespace vericache::cuda

@@ -41,16 +41,14 @@ struct QuantShape {
   static constexpr int kValueScale = kValues + kCodes, kValueZero = kValueScale + kParam;
   static constexpr int kTailRow = kHeadDim * 2, kTailHalf = kTailTokens * kTailRow;
   static constexpr int kQuantBytes = kValueZero + kParam;
-  static constexpr int kStateBytes = kItemRows * (kHeadDim * 4 + 8);  // a warp's state takes the place of its last tile
   static constexpr int kTileBytes = kQuantBytes > 2 * kTailHalf ? kQuantBytes : 2 * kTailHalf;
-  static_assert(kTileBytes % 128 == 0 && kStateBytes <= kTileBytes);
+  static_assert(kTileBytes % 128 == 0);
   static_assert(!kPaired || kChunkChannels == 2 * kGroup);
 
-  // Shared memory: deposits [kWarps] and a mailbox, the line, the rings of as many warps as there is room for.
-  static constexpr int kRingBytes = kStages * kTileBytes;
-  static __host__ __device__ int rings(int requests) {
-    return ((kWarps + 1 + QuantLine::ints(requests)) * 4 + 127) / 128 * 128;
-  }
+  // Shared memory: the line, then of as many warps as there is room for the states they deposit, then their rings.
+  static constexpr int kStateBytes = (kItemRows * (kHeadDim * 4 + 8) + 127) / 128 * 128;
+  static constexpr int kRingBytes = kStages * kTileBytes, kWarpBytes = kStateBytes + kRingBytes;
+  static __host__ __device__ int line_bytes(int requests) { return (QuantLine::ints(requests) * 4 + 127) / 128 * 128; }
 
   // Where byte `at` of a tile's codes lies.
   static constexpr int kSwizzleShift = kCodeRow >= 128 ? 8 : 7;
