@@ -24,13 +24,14 @@ struct RowPlace {
   int row, high;
 };
 template <int kHeadDim>
-__device__ __forceinline__ RowPlace row_place(uint64_t address) {
+__host__ __device__ __forceinline__ RowPlace row_place(uint64_t address) {
   constexpr int kShift = kHeadDim == 128 ? 8 : 7;
   static_assert(kHeadDim * 2 == 1 << kShift);
   return {int(address >> kShift & 0x7fffffff), int(address >> (kShift + 31))};
 }
 
-// Copies a box to dst, a multiple of 1024. Its bytes count on `barrier`.
+// Copies a box to dst, a multiple of 128: the swizzle goes by the address in shared memory, not by the row of the box.
+// Its bytes count on `barrier`.
 __device__ __forceinline__ void copy_rows(uint32_t dst, const CUtensorMap& map, RowPlace from, int part,
                                           uint32_t barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900

@@ -23,6 +23,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdint>
 
 #include "warpgroup_consume.cuh"
@@ -37,8 +38,9 @@ __global__ void __launch_bounds__(Shape::kBoundThreads, Shape::kBlocks)
   WarpgroupBlock<Keys, Shape> block(args, dynamic_smem());
   block.init_barriers();
   mbarrier_init_fence();
+  block.clear_q(dynamic_smem());
   if (!args.p.tables_settled) wait_for_previous_kernel();
-  block.schedule.build(args.p, Shape::kRows);  // its barriers also order the barriers' initialization
+  block.schedule.build(args.p, Shape::kRows);  // its barriers also order what was initialized
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
   if (warp < Shape::kConsumerWarps) {
     take_registers<Shape::kConsumerRegisters>();
@@ -50,9 +52,22 @@ __global__ void __launch_bounds__(Shape::kBoundThreads, Shape::kBlocks)
 #endif
 }
 
+inline constexpr int kMaxGroup = 16;  // of query heads a KV head, for copies of q in boxes
+
 // A counter behind the partial states.
 inline size_t warpgroup_attention_workspace_bytes(int64_t rows, int q_heads, int max_splits, int head_dim) {
   return PartialStates::bytes(rows * q_heads * max_splits, head_dim) + sizeof(TaggedCounter);
+}
+
+// Whether a KV head's query heads of one row are a box: their rows follow one another, at multiples of a row.
+template <int kHeadDim, class Params>
+bool has_q_boxes(const Params& p, int rows_per_block) {
+  const int group = p.q_heads / p.kv_heads;
+  const auto first = reinterpret_cast<uint64_t>(p.q);
+  const uint64_t last = first + uint64_t(p.rows) * uint64_t(p.q_stride_row) * 2;
+  return rows_per_block % group == 0 && group <= kMaxGroup && p.q_stride_head == kHeadDim &&
+         p.q_stride_row % kHeadDim == 0 && first % (kHeadDim * 2) == 0 &&
+         row_place<kHeadDim>(first).high == row_place<kHeadDim>(last).high;
 }
 
 template <class Keys, class Shape>
@@ -71,10 +86,17 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
   const bool boxes_of_tiles = p.page_size >= kTileTokens;
   static const CUtensorMap maps[2] = {row_map(Shape::kHeadDim, kGranuleTokens, false),
                                       row_map(Shape::kHeadDim, kTileTokens, true)};
+  static const auto q_maps = [] {
+    std::array<CUtensorMap, kMaxGroup + 1> of_group{};
+    for (int rows = 1; rows <= kMaxGroup; ++rows) of_group[rows] = row_map(Shape::kHeadDim, rows, false);
+    return of_group;
+  }();
+  const bool q_boxes = has_q_boxes<Shape::kHeadDim>(p, Shape::kRows);
   allow_all_smem<kernel>(info);
   launch(kernel, {dim3(grid), dim3(Shape::kThreads), smem}, info, stream,
          WarpgroupArgs<Keys>{p, partial, reinterpret_cast<TaggedCounter*>(partial.ml + states), max_splits,
-                             boxes_of_tiles ? kTileTokens : kGranuleTokens, maps[boxes_of_tiles]});
+                             boxes_of_tiles ? kTileTokens : kGranuleTokens, q_boxes, maps[boxes_of_tiles],
+                             q_maps[q_boxes ? group : 0]});
   launch_merge<Shape::kHeadDim>(RowSplits<Keys>{p, max_splits}, max_splits, p.rows, p.q_heads, partial, p.out, info,
                                 stream);
 }

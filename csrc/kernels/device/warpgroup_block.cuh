@@ -50,7 +50,8 @@ struct WarpgroupArgs {
   TaggedCounter* work;
   int max_splits;
   int box_rows;  // of `map`: 64, whole rows; or kGranuleTokens, one part
-  CUtensorMap map;
+  bool q_boxes;  // q comes in boxes of q_map: one part of the rows of a KV head's query heads
+  CUtensorMap map, q_map;
 };
 
 // What consumers must know of an item; the producer has looked it up anyway.
@@ -111,6 +112,14 @@ struct WarpgroupBlock {
     }
   }
 
+  // Rows of q that no item fills are zero, or an earlier item's: nobody uses what comes of them, but it is finite.
+  __device__ void clear_q(unsigned char* smem) const {
+    const uint32_t pad = base - smem_address(smem);
+    auto* q = reinterpret_cast<uint4*>(smem + pad + Smem::kQ);
+    for (int i = threadIdx.x; i < Shape::kQRows * Shape::kHeadDim / 8; i += int(blockDim.x)) q[i] = uint4{};
+    fence_for_wgmma();  // the copy engine writes there next
+  }
+
   __device__ void produce() const;
   __device__ void consume(int warp) const;
 
@@ -123,7 +132,7 @@ struct WarpgroupBlock {
     return min(split_begin(work.split + 1), span.hi);
   }
 
-  // An item's q, its rows' positions and its record; rows beyond the last, where a warp has some, are zero.
+  // An item's q, its rows' positions and its record.
   __device__ void copy_q(const WorkItem& work, const Span& span, volatile ItemRecord& record) const {
     constexpr int kRowChunks = Shape::kHeadDim / 8;
     const auto& p = args.p;
@@ -131,13 +140,23 @@ struct WarpgroupBlock {
     const int first = work.row_block * Shape::kRows;
     const int rows = min(Shape::kRows, (schedule.row_offset[work.request + 1] - query0) * group - first);
     const auto* q_base = static_cast<const uint16_t*>(p.q);
+    const int boxes = args.q_boxes ? rows / group * Shape::kParts : 0;
+    // A warp that copies 128 rows by itself takes so long that the ring runs dry.
 #pragma unroll 1
-    for (int i = int(threadIdx.x) % 32; i < (rows + 15) / 16 * 16 * kRowChunks; i += 32) {
+    for (int i = int(threadIdx.x) % 32; i < boxes; i += 32) {
+      const int query = i / Shape::kParts, part = i % Shape::kParts;
+      const auto* from =
+          q_base + (query0 + first / group + query) * p.q_stride_row + int64_t(work.kv_head) * group * Shape::kHeadDim;
+      copy_rows(base + uint32_t(Smem::kQ + (part * Shape::kQRows + query * group) * 128), args.q_map,
+                row_place<Shape::kHeadDim>(reinterpret_cast<uint64_t>(from)), part, base + Smem::kQFull);
+    }
+#pragma unroll 1
+    for (int i = int(threadIdx.x) % 32; !args.q_boxes && i < rows * kRowChunks; i += 32) {
       const int local = i / kRowChunks, chunk = i % kRowChunks, item_row = first + local;
       const int64_t at = (query0 + item_row / group) * p.q_stride_row +
                          (work.kv_head * group + item_row % group) * p.q_stride_head + chunk * 8;
       cp_async16(swizzled(base + uint32_t(Smem::kQ + chunk / 8 * Shape::kQRows * 128), local, 128, chunk % 8),
-                 q_base + (local < rows ? at : 0), local < rows);
+                 q_base + at, true);
     }
 #pragma unroll 1
     for (int i = int(threadIdx.x) % 32; i < rows; i += 32)
@@ -157,7 +176,8 @@ struct WarpgroupBlock {
       record.end = end_token(work, span);
       record.tight_lo = Keys::row_range(p, span, work.request, schedule.last_pos[work.request]).x;
       record.tight_hi = Keys::row_range(p, span, work.request, schedule.first_pos[work.request]).y;
-      mbarrier_arrive(base + Smem::kQFull);
+      mbarrier_expect(base + Smem::kQFull,
+                      boxes * group * 128);  // some may have come: the phase waits for this arrival
     }
   }
 
