@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ from vericache.models.interface import RowSpan
 from vericache.models.llama import CausalLM
 
 PAGE_SIZE = 64
-DATASHEET_RATE = 4.8e12  # bytes a second of an H200's memory
+DATASHEET_RATES = {"H200": 4.8e12, "H100": 3.35e12}  # bytes a second of device memory
 # Milliseconds a step of vLLM 0.24 on an H200, without and with its batch-invariant mode.
 VLLM_MS = {"8 x 8K": (6.9, 19.9), "1 x 128K": (8.8, 53.9)}
 
@@ -265,7 +266,12 @@ def copy_rate(device: str, nbytes: int) -> float:
     return 2 * source.nbytes / best
 
 
-def run_shape(model: CausalLM, pool: Pool, shape: Shape, device: str, copy: float) -> dict[str, Any]:
+def datasheet_rate(gpu: str) -> float | None:
+    """Bytes a second of a GPU's memory by its datasheet; None if we have not looked it up."""
+    return next((rate for name, rate in DATASHEET_RATES.items() if name in gpu), None)
+
+
+def run_shape(model: CausalLM, pool: Pool, shape: Shape, device: str, copy: float, gpu: str) -> dict[str, Any]:
     """Checks and times one shape."""
     case = Case(model, pool, shape, torch.Generator(device).manual_seed(3))
     graph = Graph(case.step())
@@ -273,15 +279,17 @@ def run_shape(model: CausalLM, pool: Pool, shape: Shape, device: str, copy: floa
     row["invariance"] = invariance(case, graph)
     row |= step_bytes(model, shape)
     nbytes = row["weight_bytes"] + row["kv_bytes"]
-    row["floor_ms"] = {"datasheet": nbytes / DATASHEET_RATE * 1e3, "copy_rate": nbytes / copy * 1e3}
+    rate = datasheet_rate(gpu)
+    row["floor_ms"] = {"datasheet": nbytes / rate * 1e3 if rate else None, "copy_rate": nbytes / copy * 1e3}
     timing = measure(graph, device, warmup=3, repeats=30)
     row["ms"] = {"median": timing.median * 1e3, "low": timing.low * 1e3, "high": timing.high * 1e3,
                  "repeats": timing.repeats}  # fmt: skip
     graph.step.sample_at(1.0, 0.95)
     row["sampled_ms"] = measure(graph, device, warmup=3, repeats=15).median * 1e3
     graph.step.sample_at(0.0, 1.0)
-    whole = model.config.layers == LLAMA_8B["num_hidden_layers"]
-    row["vllm_ms"], row["vllm_batch_invariant_ms"] = VLLM_MS.get(shape.name, (None, None)) if whole else (None, None)
+    comparable = model.config.layers == LLAMA_8B["num_hidden_layers"] and "H200" in gpu
+    vllm = VLLM_MS.get(shape.name) if comparable else None
+    row["vllm_ms"], row["vllm_batch_invariant_ms"] = vllm or (None, None)
     if device.startswith("cuda"):
         row["kernels"] = [k.record() for k in kernels_of(graph)]
         layer = kernels_of(lambda: graph.step.layers(1), minus=lambda: graph.step.layers(0))
@@ -293,7 +301,7 @@ def run_shape(model: CausalLM, pool: Pool, shape: Shape, device: str, copy: floa
 def show(result: dict[str, Any]) -> None:
     """Prints what a person wants to know."""
     table = Table(title=f"{result['settings']['model']}: one decode step in a CUDA graph")
-    for head in ("shape", "rows", "ms", "sampled", "floor 4.8 TB/s", "floor copy rate", "x floor", "vLLM", "launches",
+    for head in ("shape", "rows", "ms", "sampled", "floor datasheet", "floor copy rate", "x floor", "vLLM", "launches",
                  "bits that differ"):  # fmt: skip
         table.add_column(head, justify="left" if head == "shape" else "right")
     for row in result["rows"]:
@@ -301,7 +309,8 @@ def show(result: dict[str, Any]) -> None:
         floor = row["floor_ms"]
         table.add_row(
             row["shape"], str(row["rows"]), f"{row['ms']['median']:.3f}", f"{row['sampled_ms']:.3f}",
-            f"{floor['datasheet']:.2f}", f"{floor['copy_rate']:.2f}", f"{row['ms']['median'] / floor['copy_rate']:.2f}",
+            f"{floor['datasheet'] or math.nan:.2f}", f"{floor['copy_rate']:.2f}",
+            f"{row['ms']['median'] / floor['copy_rate']:.2f}",
             vllm, str(row.get("launches_a_layer", "")), str(row["invariance"]["values_that_differ"]),
         )  # fmt: skip
     Console(width=150).print(table)
@@ -331,15 +340,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     pool = Pool(model, pages, torch.Generator(device).manual_seed(2))
     copy = copy_rate(device, (1 << 20) if device == "cpu" else (4 << 30))
     c = model.config
+    where = environment(device)
+    gpu, rate = where.get("gpu", ""), datasheet_rate(where.get("gpu", ""))
     result: dict[str, Any] = {
-        "environment": environment(device),
+        "environment": where,
         "settings": {
             "model": f"{c.layers} layers, hidden {c.hidden_size}, {c.q_heads}/{c.kv_heads} heads of {c.head_dim}, "
             f"intermediate {c.intermediate_size}, vocabulary {c.vocab_size}, {str(model.dtype)[6:]}",
             "page_size": PAGE_SIZE,
         },
-        "ceilings": {"datasheet_gb_s": DATASHEET_RATE / 1e9, "copy_gb_s": copy / 1e9},
-        "rows": [run_shape(model, pool, shape, device, copy) for shape in shapes],
+        "ceilings": {"datasheet_gb_s": rate / 1e9 if rate else None, "copy_gb_s": copy / 1e9},
+        "rows": [run_shape(model, pool, shape, device, copy, gpu) for shape in shapes],
     }
     show(result)
     out = arguments.out or (None if changes else ROOT / "bench" / "results" / "decode-step.json")

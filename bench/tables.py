@@ -92,7 +92,7 @@ def decode_step(result: dict[str, Any]) -> str:
         vllm = [f"{row[key]:.1f}" if row[key] else "" for key in ("vllm_ms", "vllm_batch_invariant_ms")]
         read = (row["weight_bytes"] + row["kv_bytes"]) / 1e9
         rows.append([
-            row["shape"], f"{read:.1f} GB", f"{floor['datasheet']:.2f}, {floor['copy_rate']:.2f}", f"{ms:.2f}",
+            row["shape"], f"{read:.1f} GB", ", ".join(f"{f:.2f}" for f in floor.values() if f), f"{ms:.2f}",
             f"{ms / floor['copy_rate']:.2f}x", f"{row['sampled_ms']:.2f}", *vllm, str(row.get("launches_a_layer", "")),
         ])  # fmt: skip
     head = ["requests", "weights and KV", "floor, ms", "ms a step", "of the floor", "sampled", "vLLM",
@@ -100,12 +100,14 @@ def decode_step(result: dict[str, Any]) -> str:
     checks = [row["invariance"] for row in result["rows"]]
     compared, differ = (sum(c[key] for c in checks) for key in ("rows_compared", "values_that_differ"))
     rates = result["ceilings"]
+    datasheet = f"the datasheet's {rates['datasheet_gb_s']:.0f} GB/s and over " if rates["datasheet_gb_s"] else ""
+    against = any(row["vllm_ms"] for row in result["rows"])
     caption = (
-        f"{result['settings']['model']}, random weights. Floors: bytes over the datasheet's "
-        f"{rates['datasheet_gb_s']:.0f} GB/s and over the {rates['copy_gb_s']:.0f} GB/s of a copy in the same run. "
+        f"{result['settings']['model']}, random weights. Floors: bytes over {datasheet}the "
+        f"{rates['copy_gb_s']:.0f} GB/s of a copy in the same run. "
         f"Before timing, "
         f"{compared} rows of logits were compared with each request alone, one token a step, and with the batch "
-        f"reversed: {differ} values differ. vLLM 0.24: on an H200, the same shape. "
+        f"reversed: {differ} values differ. " + ("vLLM 0.24: on an H200, the same shape. " if against else "")
     )
     return table(head, rows) + "\n" + caption + where(result["environment"])
 
@@ -159,7 +161,9 @@ WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu-kernels.json": kernels,
     "engine-exactness-gpu.json": engine_exactness,
     "engine-8b-shape-gpu.json": engine_shape,
+    "gpu-kernels-h200.json": kernels,
     "decode-step.json": decode_step,
+    "decode-step-h200.json": decode_step,
     "gpu-checks.json": gpu_checks,
 }
 

@@ -13,7 +13,6 @@ using namespace vericache::bench;
 
 constexpr Heads kHeads{32, 8, 128, 64};
 constexpr size_t kPastL2 = size_t(1) << 30;
-constexpr double kReadRate = 4.8e12;  // bytes a second: the datasheet's; nothing can be faster
 constexpr int kReplays = 9;
 
 struct Batch {
@@ -144,7 +143,7 @@ class Bench {
     if (name.find(only_) == std::string::npos) return;
     const int launches = std::max(sets, 4);
     const double us = time_graph(launches, kReplays, [&](int i, cudaStream_t s) { call(i % sets, s); });
-    report_.time(name, us, bytes, bytes / kReadRate * 1e6);
+    report_.time(name, us, bytes, bytes / memory_rate() * 1e6);
   }
 
   Report& report_;

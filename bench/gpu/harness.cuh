@@ -164,6 +164,15 @@ inline double time_graph(int launches, int replays, const std::function<void(int
   return median(std::move(times));
 }
 
+// Bytes a second of device memory by its clock and width, two transfers a clock: nothing can be faster.
+inline double memory_rate() {
+  int device = 0, kilohertz = 0, bits = 0;
+  VC_CUDA_CHECK(cudaGetDevice(&device));
+  VC_CUDA_CHECK(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device));
+  VC_CUDA_CHECK(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device));
+  return 2e3 * kilohertz * bits / 8;
+}
+
 // Results: a line on stdout each; JSON objects to a file.
 class Report {
  public:
