@@ -51,7 +51,7 @@ constexpr int kMaxStages = 16;
 constexpr int kBarrierBytes = 8 * (2 * kMaxStages + 1);
 constexpr int kSharedSmem = 113 * 1024;  // of a block that leaves room for another
 
-// Of a block with kGroup parts of k: four at a time where only tiles are small, and pairs of each head that rotates.
+// Of a block that takes `group` parts of k: chunks of a stage; pairs of each head in a tile that rotates.
 constexpr int chunks_a_stage(int group) { return group == kParts ? 4 : 1; }
 constexpr int rope_run(int group) { return 32 / group; }
 
@@ -381,22 +381,22 @@ bool linear_narrow(const LinearParams& p, const RopeWriteParams* rope, const Lin
                    const DeviceInfo& info, cudaStream_t stream) {
   if (plan.splits != kParts || p.swiglu || p.rows > kTokens) return false;
   const int box_tokens = p.rows <= 8 ? 8 : p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : 64;
-  const auto launch_rows = [&]<int kPlanRows, bool kRope>() {
+  const auto launch_group = [&]<int kPlanRows, bool kRope>() {
     if (box_tokens <= kSoloTokens)
       launch_narrow<kPlanRows / 4, 4, kRope>(p, rope, plan, box_tokens, info, stream);
     else
       launch_narrow<kPlanRows / 2, 2, kRope>(p, rope, plan, box_tokens, info, stream);
     return true;
   };
-  const auto launch_rope = [&]<int kPlanRows>() {
-    return rope ? launch_rows.template operator()<kPlanRows, true>()
-                : launch_rows.template operator()<kPlanRows, false>();
+  const auto launch_tiles = [&]<int kPlanRows>() {
+    return rope ? launch_group.template operator()<kPlanRows, true>()
+                : launch_group.template operator()<kPlanRows, false>();
   };
   switch (rope ? plan.rope_rows() : plan.rows) {
     case 192:
-      return launch_rope.template operator()<192>();
+      return launch_tiles.template operator()<192>();
     case 128:
-      return launch_rope.template operator()<128>();
+      return launch_tiles.template operator()<128>();
     default:
       return false;
   }
