@@ -218,7 +218,7 @@ inline void linear_checks(Report& report, bool quick) {
   linear_against_double<float, float>(report, "float32", DType::kFloat32, 2e-6, quick, cuda::linear);
   constexpr int kShapes[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {8192, 8192},
                                 {257, 520},   {61, 72},     {1024, 1376},  {3072, 1024},  {16896, 128},
-                                {6141, 2120}, {4001, 4168}, {6144, 8448}};
+                                {6141, 2120}, {4001, 4168}, {6144, 8448},  {17984, 9472}};  // the last: three waves
   for (const auto& s : kShapes)
     if (!quick || s[0] * s[1] < 1 << 22)
       linear_invariance<__nv_bfloat16>(report, s[0], s[1], DType::kBFloat16, false, quick);

@@ -72,10 +72,13 @@ inline void linear_rope_checks(Report& report, bool quick) {
   struct Heads {
     int q, kv, dim, k;
   };
-  // k in 4, 4, 2, 2 and 1 parts; a last tile that is not full; no fused form; a k for linear_simple.
-  for (const Heads& h : {Heads{32, 8, 128, 4096}, Heads{28, 4, 128, 3584}, Heads{40, 8, 128, 5120},
-                         Heads{14, 2, 64, 896}, Heads{64, 64, 128, 128}, Heads{20, 4, 256, 128},
-                         Heads{13, 3, 128, 2048}, Heads{5, 1, 64, 72}, Heads{6, 2, 80, 512}, Heads{3, 1, 128, 61}})
+  // Narrow tiles of three heads, the last full or not; of two, of each head size, with a last tile that is not full and
+  // more blocks than multiprocessors. Then k in 2, 2 and 1 parts; no fused form; a k for linear_simple.
+  for (const Heads& h :
+       {Heads{32, 8, 128, 4096}, Heads{12, 6, 256, 4096}, Heads{24, 5, 128, 4096}, Heads{28, 4, 128, 3584},
+        Heads{56, 4, 64, 4096}, Heads{13, 3, 128, 2048}, Heads{25, 4, 128, 4096}, Heads{40, 8, 128, 5120},
+        Heads{14, 2, 64, 896}, Heads{64, 64, 128, 128}, Heads{20, 4, 256, 128}, Heads{5, 1, 64, 72},
+        Heads{6, 2, 80, 512}, Heads{3, 1, 128, 61}})
     if (!quick || h.k <= 128) rope_equality<__nv_bfloat16>(report, h.q, h.kv, h.dim, h.k, DType::kBFloat16, quick);
   rope_equality<float>(report, 3, 1, 64, 72, DType::kFloat32, quick);
 }

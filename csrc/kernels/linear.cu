@@ -25,10 +25,11 @@
 // as with the kernels below.
 //
 // linear_rope_write: a tile has 32 pairs of each of its heads (device/linear_rope.cuh); else as with SwiGLU. Where that
-// does not fit (another head_dim, an odd alignment) and with the kernels below: linear, then rope_write.
+// does not fit (another head_dim, an odd alignment) and with the kernels for other GPUs and for float32: linear, then
+// rope_write.
 //
-// Up to 64 rows of x of the common shapes: linear_narrow.cu, the same sums. Other GPUs: linear_mma.cu. float32 storage,
-// and a k that is no multiple of 8: linear_simple.cu.
+// Up to 64 rows of x of the common shapes: linear_narrow.cu, the same sums, rotated or not. Other GPUs: linear_mma.cu.
+// float32 storage, and a k that is no multiple of 8: linear_simple.cu.
 #include "device/barrier.cuh"
 #include "device/cluster.cuh"
 #include "device/cp_async.cuh"
@@ -42,8 +43,9 @@
 
 namespace vericache::cuda {
 
-// Runs the product and returns true if it has a launch for it.
-bool linear_narrow(const LinearParams& p, const LinearHopperPlan& plan, const DeviceInfo& info, cudaStream_t stream);
+// Runs the product and returns true if it has a launch for it. rope: null, or where and how the product goes on.
+bool linear_narrow(const LinearParams& p, const RopeWriteParams* rope, const LinearHopperPlan& plan,
+                   const DeviceInfo& info, cudaStream_t stream);
 void linear_mma(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream);
 void linear_simple(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream);
 
@@ -51,6 +53,7 @@ namespace {
 
 constexpr int kChunkK = 64, kRowBytes = kChunkK * 2;  // k a chunk; bytes of a row of it
 constexpr int kMaxStages = 8, kMaxThreads = 512;
+constexpr int kRopeRun = 32;             // pairs of a head a tile, with linear_rope_write
 constexpr int kPad = 4;                  // floats after each token of a float32 tile: no bank conflicts
 constexpr int kSharedSmem = 113 * 1024;  // of a block that leaves room for another
 
@@ -64,7 +67,7 @@ struct WgmmaArgs {
   int stages, stage_bytes, w_bytes, barriers;  // barriers: their offset in shared memory
   bool wide;                                   // bias, residual and out can be accessed 4 elements at a time
   bool has_rope;                               // linear_rope_write
-  int head_runs_log2;                          // RopeTile::make
+  int head_runs_log2;                          // RopeTile<kRopeRun>::make
   RopeWriteParams rope;
 };
 
@@ -121,7 +124,7 @@ __device__ void add_in_cluster(const WgmmaArgs& args, const float (&acc)[kTokens
       finish_swiglu(args.p, token0 + token, n + 3, gate.w, up.w);
     }
   } else if (args.has_rope) {
-    const RopeTile tile = RopeTile::make(item / args.token_blocks, rows, args.head_runs_log2);
+    const auto tile = RopeTile<kRopeRun>::make(item / args.token_blocks, rows, args.head_runs_log2);
     const int vectors = share / 8;  // of 4 pairs
     for (int i = threadIdx.x; i < tokens * vectors; i += blockDim.x) {
       const int token = i / vectors, v = i % vectors, row = rank * share + v / 2 * 16 + v % 2 * 4;
@@ -169,7 +172,7 @@ __device__ void store_tile(const WgmmaArgs& args, const float (&acc)[kTokens / 2
     return;
   }
   if (args.has_rope) {
-    const RopeTile tile = RopeTile::make(item / args.token_blocks, args.rows, args.head_runs_log2);
+    const auto tile = RopeTile<kRopeRun>::make(item / args.token_blocks, args.rows, args.head_runs_log2);
     const int row = warp * 16 + g, head = tile.head(row), pair = tile.pair(row);
     if (head * args.rope.head_dim >= args.p.n) return;
     for_tokens<kTokens>(token0, args.p.rows, [&](int token, int j, int i) {
@@ -202,7 +205,7 @@ struct BoxLoader {
   __device__ void copy(int slot, bool w, bool x) const {
     const uint32_t stage = ring + slot * args.stage_bytes, barrier = barriers + 8 * slot;
     const int tile = item / args.token_blocks, n0 = tile * args.rows, token0 = item % args.token_blocks * kTokens;
-    const RopeTile heads = RopeTile::make(tile, args.rows, args.head_runs_log2);
+    const auto heads = RopeTile<kRopeRun>::make(tile, args.rows, args.head_runs_log2);
     if (w) mbarrier_expect(barrier, args.stage_bytes);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
@@ -336,7 +339,7 @@ void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
   shape.cluster = kSplit ? args.splits : 1;
   shape.grid = dim3(unsigned(kSplit ? args.items * args.splits : std::min(args.items, info.multiprocessors)));
   const CUtensorMap w_map = args.has_rope ? bf16_heads_map(args.p.w, args.p.n / args.rope.head_dim, args.rope.head_dim,
-                                                           args.p.k, args.rows / 64)
+                                                           args.p.k, kRopeRun, args.rows / (2 * kRopeRun))
                             : args.p.swiglu ? bf16_halves_map(args.p.w, args.p.n, args.p.k, args.rows)
                                             : bf16_matrix_map(args.p.w, args.p.n, args.p.k, args.p.k, args.rows);
   const CUtensorMap x_map =
@@ -348,7 +351,7 @@ void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
 // rope: null, or where and how the product goes on.
 void linear_hopper(const LinearParams& p, const RopeWriteParams* rope, const DeviceInfo& info, cudaStream_t stream) {
   const LinearHopperPlan plan = linear_hopper_plan(p.n, p.k);
-  if (!rope && linear_narrow(p, plan, info, stream)) return;
+  if (linear_narrow(p, rope, plan, info, stream)) return;
   WgmmaArgs args{};
   args.p = p;
   args.splits = plan.splits;
@@ -360,8 +363,8 @@ void linear_hopper(const LinearParams& p, const RopeWriteParams* rope, const Dev
   int tiles = (p.n + args.rows - 1) / args.rows;
   if (rope) {
     args.has_rope = true, args.rope = *rope;
-    while (2 * kRopeRun << args.head_runs_log2 < rope->head_dim) ++args.head_runs_log2;
-    tiles = RopeTile::count(*rope, args.rows);
+    args.head_runs_log2 = RopeTile<kRopeRun>::runs_log2(rope->head_dim);
+    tiles = RopeTile<kRopeRun>::count(*rope, args.rows);
   }
   args.items = tiles * args.token_blocks;
   const auto go = [&]<int kTokens>() {

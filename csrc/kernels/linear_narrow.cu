@@ -1,28 +1,31 @@
 // SPDX-License-Identifier: Apache-2.0
 // linear.cu's product for 1 to 64 rows of x ("tokens") where its plan has four parts of k and tiles of 128 or 192 rows
-// of w: the same sums, bit for bit, in other blocks. For Hopper.
+// of w: the same sums, bit for bit, in other blocks; and linear_rope_write of the same shapes. For Hopper.
 //
 // Why: with 64 tokens three things cost linear.cu time. Its clusters of four lie two blocks to a multiprocessor on many
 // of them; each block moves three quarters of a float32 tile through the cluster; and each warpgroup reads x from
-// shared memory again. Here a block takes all four parts of a quarter of the tile, one after the other (nothing to
-// exchange, no cluster; x is read by four times as many blocks), or two parts of a half (pairs of blocks; a third of
-// the bytes to exchange), or one part of the tile (clusters of four, where x would weigh too much). narrow_group()
-// chooses.
+// shared memory again. Here a block takes all four parts of a quarter of the tile, one after the other: nothing to
+// exchange, no cluster, but x is read by four times as many blocks. Above kSoloTokens a block takes two parts of a
+// half: pairs of blocks, which read x half as often and exchange a third of the bytes.
 //
 // The tokens take the 64-wide side of wgmma m64nNk16, w's rows its N: one warpgroup multiplies the whole tile and reads
 // each operand once. Of fewer than 64 tokens only 8, 16 or 32 are copied; what lies behind them in shared memory goes
 // into rows of the product that nobody uses.
 //
-// Grid: a block for each group of parts of each tile, the groups of a tile one cluster. Block: warpgroup 0 multiplies;
-// one thread of warpgroup 1 copies; both add and write. Shared memory: a ring of stages, each one or four chunks of 64
-// k, x [tokens][64] of them all, then w [kRows][64], in the layout of device/wgmma.cuh; at the end, over the ring, the
-// sums (Shares below); then a barrier "full" and a barrier "empty" for each stage, and one for the sums that arrive.
+// Grid: a block, or a cluster of two, for each tile. Block: warpgroup 0 multiplies; one thread of warpgroup 1 copies;
+// both add and write. Shared memory: a ring of stages, each one chunk of 64 k (pairs) or four, x [tokens][64] of them
+// all, then w [kRows][64], in the layout of device/wgmma.cuh; at the end, over the ring, the sums (Shares below); then
+// a barrier "full" and a barrier "empty" for each stage, and one for the sums that arrive. A block takes all of a
+// multiprocessor's shared memory where each can have its own, else half.
 //
 // A stage is given back when the steps that read it are done, and the next stage's steps start before that if it has
 // landed; if not, it is not waited for while this one is held back.
 //
 // Sums travel as bulk copies into the shared memory of the block that adds them, which waits for their bytes. The
 // barrier of the cluster is split in two halves, so that it is waited for only before sending and before leaving.
+//
+// linear_rope_write: a tile has as many heads as linear.cu's, of each 8 or 16 pairs (device/linear_rope.cuh); a block
+// adds whole pairs.
 //
 // Reduction order (R1): that of linear.cu, ((p0 + p1) + p2) + p3 of the same parts, each the same chain of k16 steps;
 // p0 + p1, or all, are added in registers. That the instruction's sum is the same with the operands' sides exchanged is
@@ -32,6 +35,7 @@
 #include "device/cp_async.cuh"
 #include "device/launch.cuh"
 #include "device/linear_out.cuh"
+#include "device/linear_rope.cuh"
 #include "device/tensor_map.cuh"
 #include "device/wgmma.cuh"
 #include "linear_plan.h"
@@ -41,10 +45,15 @@ namespace {
 
 constexpr int kChunkK = 64, kRowBytes = kChunkK * 2;  // k a chunk; bytes of a row of it
 constexpr int kParts = 4, kTokens = 64;
+constexpr int kSoloTokens = 32;                                 // most tokens of a block with all parts
 constexpr int kMultiplying = 128, kThreads = 2 * kMultiplying;  // thread kMultiplying copies
 constexpr int kMaxStages = 16;
 constexpr int kBarrierBytes = 8 * (2 * kMaxStages + 1);
 constexpr int kSharedSmem = 113 * 1024;  // of a block that leaves room for another
+
+// Of a block that takes `group` parts of k: chunks of a stage; pairs of each head in a tile that rotates.
+constexpr int chunks_a_stage(int group) { return group == kParts ? 4 : 1; }
+constexpr int rope_run(int group) { return 32 / group; }
 
 struct NarrowArgs {
   LinearParams p;
@@ -52,46 +61,43 @@ struct NarrowArgs {
   int box_tokens;                              // that are copied: 8, 16, 32 or 64
   int stages, stage_bytes, x_bytes, barriers;  // barriers: their offset in shared memory
   bool wide;                                   // bias, residual and out can be accessed 4 elements at a time
+  int head_runs_log2;                          // RopeTile::make
+  RopeWriteParams rope;
 };
 
-// Who adds which rows of a tile, and where the sums lie meanwhile. A sum is a part, or p0 + p1, or all four. Each block
-// has room for all sums of its own rows [sum][64 tokens][pitch], then for what it sends [64 tokens][pitch of the
-// owner].
+// Who adds which rows of a tile, and where the sums lie meanwhile. A sum is all four parts; of a pair of blocks p0 +
+// p1, p2, p3. Each block has room for all sums of its own rows [sum][64 tokens][pitch], then for what it sends [64
+// tokens][pitch of the other].
 template <int kRows, int kGroup>
 struct Shares {
   static constexpr int kRanks = kParts / kGroup;
-  static constexpr int kSums = kGroup == 1 ? 4 : kGroup == 2 ? 3 : 1;
-  // Of a pair the second block has two sums, so the first, which gets two, adds a third of the rows.
-  static constexpr int kFirstOfPair = kRows / 3 / 8 * 8;
+  static constexpr int kSums = kRanks == 1 ? 1 : 3;
+  // Of a pair the second block has two sums, so the first, which gets two, adds a third of the rows. Multiples of 16:
+  // low and high rows together.
+  static constexpr int kFirst = kRanks == 1 ? kRows : kRows / 3 / 16 * 16;
 
-  static __host__ __device__ constexpr int begin(int rank) {
-    if (kGroup == 2) return rank == 0 ? 0 : rank == 1 ? kFirstOfPair : kRows;
-    return rank * (kRows / kRanks);
-  }
+  static __host__ __device__ constexpr int begin(int rank) { return rank == 0 ? 0 : rank == 1 ? kFirst : kRows; }
   static __host__ __device__ constexpr int rows(int rank) { return begin(rank + 1) - begin(rank); }
   // 8 more than a multiple of 16: a warp's stores meet no bank twice.
   static __host__ __device__ constexpr int pitch(int rank) { return rows(rank) + 8; }
   // A block's sums are rank, rank + 1, ..
-  static __host__ __device__ constexpr int sums(int rank) { return kGroup == 2 ? rank + 1 : 1; }
+  static __host__ __device__ constexpr int sums(int rank) { return rank + 1; }
   // Offsets in floats.
   static __host__ __device__ constexpr int own(int rank, int sum) { return sum * kTokens * pitch(rank); }
-  static __host__ __device__ constexpr int sent(int rank, int owner, int i) {
-    return own(rank, kSums) + (kGroup == 1 ? owner - (owner > rank) : i) * kTokens * pitch(owner);
+  static __host__ __device__ constexpr int sent(int rank, int i) {
+    return own(rank, kSums) + i * kTokens * pitch(1 - rank);
   }
-  static constexpr int floats() {
-    if (kGroup == 4) return own(0, 1);
-    if (kGroup == 1) return own(0, kSums + kRanks - 1);
-    return std::max(sent(0, 1, sums(0)), sent(1, 0, sums(1)));
-  }
+  static constexpr int floats() { return kRanks == 1 ? own(0, 1) : std::max(sent(0, sums(0)), sent(1, sums(1))); }
 };
 
 // The copies of one block, stage after stage, part after part, by one thread.
-template <int kRows, int kChunks>
+template <int kRows, int kGroup, bool kRope>
 struct StageCopier {
+  static constexpr int kChunks = chunks_a_stage(kGroup);
   const NarrowArgs& args;
   const CUtensorMap &w_map, &x_map;
   const uint32_t ring, full;
-  const int n0, end_part;
+  const int tile, end_part;
   int part, chunk;  // of the next stage to copy
 
   __device__ __forceinline__ bool done() const { return part == end_part; }
@@ -99,11 +105,14 @@ struct StageCopier {
   // `w`, `x`: which operands; the barrier expects both with w. A part's last stage may have chunks that are not used.
   __device__ void copy(int slot, bool w, bool x) const {
     const uint32_t stage = ring + slot * args.stage_bytes, barrier = full + 8 * slot;
+    const auto heads = RopeTile<rope_run(kGroup)>::make(tile, kRows, args.head_runs_log2);
     if (w) mbarrier_expect(barrier, args.stage_bytes);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int k = (chunk + c) * kChunkK;
-      if (w) copy_box(stage + args.x_bytes + c * kRows * kRowBytes, w_map, k, n0, barrier);
+      const uint32_t w_dst = stage + args.x_bytes + c * kRows * kRowBytes;
+      if (w && kRope) copy_heads(w_dst, w_map, k, heads.first_pair, heads.first_head, barrier);
+      if (w && !kRope) copy_box(w_dst, w_map, k, tile * kRows, barrier);
       if (x) copy_box(stage + c * args.box_tokens * kRowBytes, x_map, k, 0, barrier);
     }
   }
@@ -114,27 +123,25 @@ struct StageCopier {
   }
 };
 
-// Warpgroup 0: the sums of this block's parts. acc[0] and acc[1] are p0 + p1 and nothing, or p2 and p3, of a pair's;
-// else acc[0] is the block's only sum.
-template <int kRows, int kGroup, int kChunks, int kKept>
-__device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[kKept][kRows / 2], int rank,
-                                         uint32_t ring, uint32_t full, uint32_t empty) {
+// Warpgroup 0: the sums of this block's parts. acc[0] is the only sum, or p0 + p1, or p2, and then acc[1] is p3.
+template <int kRows, int kGroup>
+__device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[2][kRows / 2], int rank, uint32_t ring,
+                                         uint32_t full, uint32_t empty) {
+  constexpr int kChunks = chunks_a_stage(kGroup);
   const int lane = threadIdx.x % 32;
   const auto give_back = [&](int slot) {
     if (lane == 0) mbarrier_arrive(empty + 8 * slot);
     __syncwarp();
   };
 #pragma unroll
-  for (int kept = 0; kept < kKept; ++kept)
-#pragma unroll
-    for (int i = 0; i < kRows / 2; ++i) acc[kept][i] = 0.0f;
+  for (int i = 0; i < kRows / 2; ++i) acc[0][i] = acc[1][i] = 0.0f;
   const uint64_t next_x = args.box_tokens * (kRowBytes / 16);  // from chunk to chunk
   constexpr uint64_t kNextW = kRows * (kRowBytes / 16);
   BarrierSlot slot;
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     const int chunks = args.begin[rank * kGroup + g + 1] - args.begin[rank * kGroup + g];
-    float (&now)[kRows / 2] = acc[g < kKept ? g : 1];
+    float (&now)[kRows / 2] = acc[g == 0 ? 0 : 1];
     wgmma_settle(now);
     int held = -1;  // the stage whose steps may still run
     for (int chunk = 0; chunk < chunks; chunk += kChunks) {
@@ -181,22 +188,22 @@ __device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[kK
   }
   if (kGroup == 2 && rank == 0) {
 #pragma unroll
-    for (int i = 0; i < kRows / 2; ++i) acc[0][i] += acc[kKept - 1][i];
+    for (int i = 0; i < kRows / 2; ++i) acc[0][i] += acc[1][i];
   }
 }
 
 // A warp's 16 tokens of the block's sums to shared memory, each owner's rows apart.
-template <int kRows, int kGroup, int kKept>
-__device__ __forceinline__ void spill(const float (&acc)[kKept][kRows / 2], float* sums, int rank) {
+template <int kRows, int kGroup>
+__device__ __forceinline__ void spill(const float (&acc)[2][kRows / 2], float* sums, int rank) {
   using S = Shares<kRows, kGroup>;
   const int lane = threadIdx.x % 32, token = threadIdx.x / 32 * 16 + lane / 4, column = lane % 4 * 2;
 #pragma unroll
-  for (int i = 0; i < (kGroup == 2 ? 2 : 1); ++i) {
+  for (int i = 0; i < S::kRanks; ++i) {
     if (i >= S::sums(rank)) break;
 #pragma unroll
     for (int owner = 0; owner < S::kRanks; ++owner) {
       const int pitch = S::pitch(owner);
-      float* dst = sums + (owner == rank ? S::own(rank, rank + i) : S::sent(rank, owner, i)) + token * pitch + column;
+      float* dst = sums + (owner == rank ? S::own(rank, rank + i) : S::sent(rank, i)) + token * pitch + column;
 #pragma unroll
       for (int j = S::begin(owner) / 8; j < S::begin(owner + 1) / 8; ++j) {
         float* at = dst + 8 * j - S::begin(owner);
@@ -207,21 +214,18 @@ __device__ __forceinline__ void spill(const float (&acc)[kKept][kRows / 2], floa
   }
 }
 
-// One thread sends `warp`'s 16 tokens of the block's sums to their owners.
+// One thread sends `warp`'s 16 tokens of the sums of the other's rows to it.
 template <int kRows, int kGroup>
 __device__ __forceinline__ void send(uint32_t sums, uint32_t arrived, int rank, int warp) {
   using S = Shares<kRows, kGroup>;
-  for (int owner = 0; owner < S::kRanks; ++owner) {
-    if (owner == rank) continue;
-    const int first = warp * 16 * S::pitch(owner);
-    for (int i = 0; i < S::sums(rank); ++i)
-      copy_to_rank(map_to_rank(sums + 4 * (S::own(owner, rank + i) + first), owner),
-                   sums + 4 * (S::sent(rank, owner, i) + first), 16 * S::pitch(owner) * 4, map_to_rank(arrived, owner));
-  }
+  const int other = 1 - rank, first = warp * 16 * S::pitch(other);
+  for (int i = 0; i < S::sums(rank); ++i)
+    copy_to_rank(map_to_rank(sums + 4 * (S::own(other, rank + i) + first), other),
+                 sums + 4 * (S::sent(rank, i) + first), 16 * S::pitch(other) * 4, map_to_rank(arrived, other));
 }
 
-// kGroup: parts of k a block takes. kChunks: of a stage.
-template <int kRows, int kGroup, int kChunks>
+// kGroup: parts of k a block takes, 4 or 2.
+template <int kRows, int kGroup, bool kRope>
 __global__ void __launch_bounds__(kThreads, 2)
     linear_narrow_wgmma(const __grid_constant__ NarrowArgs args, const __grid_constant__ CUtensorMap w_map,
                         const __grid_constant__ CUtensorMap x_map) {
@@ -230,13 +234,13 @@ __global__ void __launch_bounds__(kThreads, 2)
   constexpr bool kAlone = S::kRanks == 1;
   extern __shared__ __align__(1024) uint8_t smem[];
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
-  const int rank = int(blockIdx.x) % S::kRanks, n0 = int(blockIdx.x) / S::kRanks * kRows;
+  const int rank = int(blockIdx.x) % S::kRanks, tile = int(blockIdx.x) / S::kRanks;
   const uint32_t ring = smem_address(smem), full = ring + args.barriers, empty = full + 8 * kMaxStages;
   const uint32_t arrived = empty + 8 * kMaxStages;
   if (ring % 1024 != 0) __trap();
   const int slices = (args.p.rows + 15) / 16;  // of 16 tokens: a warp's
-  StageCopier<kRows, kChunks> copier{
-      args, w_map, x_map, ring, full, n0, (rank + 1) * kGroup, rank * kGroup, args.begin[rank * kGroup]};
+  using Copier = StageCopier<kRows, kGroup, kRope>;
+  Copier copier{args, w_map, x_map, ring, full, tile, (rank + 1) * kGroup, rank * kGroup, args.begin[rank * kGroup]};
   let_next_kernel_start();
   if (threadIdx.x == kMultiplying) {
     for (int s = 0; s < args.stages; ++s) {
@@ -248,13 +252,15 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (!kAlone) mbarrier_expect(arrived, (S::kSums - S::sums(rank)) * slices * 16 * S::pitch(rank) * 4);
     prefetch_map(x_map);
     if (args.p.w_settled) {  // w alone before the wait
-      StageCopier<kRows, kChunks> first = copier;
+      Copier first = copier;
       for (int s = 0; s < args.stages && !first.done(); ++s, first.advance()) first.copy(s, true, false);
     }
     wait_for_previous_kernel();
     for (int s = 0; s < args.stages && !copier.done(); ++s, copier.advance()) copier.copy(s, !args.p.w_settled, true);
   } else {
     wait_for_previous_kernel();
+    constexpr int kIdle = kMultiplying + 32;
+    if (kRope && threadIdx.x >= kIdle) prefetch_rope(args.rope, 0, args.p.rows, threadIdx.x - kIdle, kThreads - kIdle);
   }
   __syncthreads();  // the barriers are initialized
 
@@ -273,9 +279,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       cluster_wait();
     }
   } else {
-    constexpr int kKept = kGroup == 1 ? 1 : 2;
-    float acc[kKept][kRows / 2];
-    multiply<kRows, kGroup, kChunks>(args, acc, rank, ring, full, empty);
+    float acc[2][kRows / 2];
+    multiply<kRows, kGroup>(args, acc, rank, ring, full, empty);
     named_barrier(1, kMultiplying);  // the whole ring has been used
     if (!kAlone) cluster_arrive();   // and may be overwritten by the others
     if (warp < slices) spill<kRows, kGroup>(acc, sums, rank);
@@ -293,7 +298,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     cluster_arrive();  // what the others sent has been received
   }
 
-  const int first = S::begin(rank), vectors = S::rows(rank) / 4, pitch = S::pitch(rank);
+  const int first = S::begin(rank), pitch = S::pitch(rank);
   const auto total = [&](int token, int row) {
     const auto sum = [&](int i) {
       return *reinterpret_cast<const float4*>(sums + S::own(rank, i) + token * pitch + row - first);
@@ -306,9 +311,22 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     return v;
   };
-  for (int i = threadIdx.x; i < args.p.rows * vectors; i += kThreads) {
-    const int token = i / vectors, row = first + i % vectors * 4;
-    if (n0 + row < args.p.n) finish4(args.p, args.wide, token, n0 + row, total(token, row));
+  if constexpr (kRope) {
+    const auto heads = RopeTile<rope_run(kGroup)>::make(tile, kRows, args.head_runs_log2);
+    const int vectors = S::rows(rank) / 8;  // of 4 pairs
+    for (int i = threadIdx.x; i < args.p.rows * vectors; i += kThreads) {
+      const int token = i / vectors, v = i % vectors, row = first + v / 2 * 16 + v % 2 * 4;
+      if (heads.head(row) * args.rope.head_dim >= args.p.n) continue;
+      finish_rope4(
+          args.rope, static_cast<const __nv_bfloat16*>(args.p.bias), token, heads.head(row), heads.pair(row),
+          [&] { return total(token, row); }, [&] { return total(token, row + 8); });
+    }
+  } else {
+    const int vectors = S::rows(rank) / 4;
+    for (int i = threadIdx.x; i < args.p.rows * vectors; i += kThreads) {
+      const int token = i / vectors, row = first + i % vectors * 4, n = tile * kRows + row;
+      if (n < args.p.n) finish4(args.p, args.wide, token, n, total(token, row));
+    }
   }
   if (!kAlone) cluster_wait();  // no block leaves while what it sent is being read
 #else
@@ -316,10 +334,12 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-template <int kRows, int kGroup, int kChunks>
-void launch_narrow(const LinearParams& p, const LinearHopperPlan& plan, int box_tokens, const DeviceInfo& info,
-                   cudaStream_t stream) {
+template <int kRows, int kGroup, bool kRope>
+void launch_narrow(const LinearParams& p, const RopeWriteParams* rope, const LinearHopperPlan& plan, int box_tokens,
+                   const DeviceInfo& info, cudaStream_t stream) {
   using S = Shares<kRows, kGroup>;
+  using Tile = RopeTile<rope_run(kGroup)>;
+  constexpr int kChunks = chunks_a_stage(kGroup);
   NarrowArgs args{};
   args.p = p;
   for (int i = 0; i <= kParts; ++i) args.begin[i] = plan.part_begin(i);
@@ -327,7 +347,21 @@ void launch_narrow(const LinearParams& p, const LinearHopperPlan& plan, int box_
   args.box_tokens = box_tokens;
   args.x_bytes = kChunks * box_tokens * kRowBytes;
   args.stage_bytes = args.x_bytes + kChunks * kRows * kRowBytes;
-  const int budget = std::min(kSharedSmem, info.smem_optin) - kBarrierBytes;
+  int tiles = (p.n + kRows - 1) / kRows;
+  CUtensorMap w_map;
+  if constexpr (kRope) {
+    args.rope = *rope;
+    args.head_runs_log2 = Tile::runs_log2(rope->head_dim);
+    tiles = Tile::count(*rope, kRows);
+    w_map = bf16_heads_map(p.w, p.n / rope->head_dim, rope->head_dim, p.k, rope_run(kGroup),
+                           kRows / (2 * rope_run(kGroup)));
+  } else {
+    w_map = bf16_matrix_map(p.w, p.n, p.k, p.k, kRows);
+  }
+  const CUtensorMap x_map = bf16_matrix_map(p.x, p.rows, p.k, p.rows > 1 ? p.x_stride_row : p.k, box_tokens);
+  const int blocks = tiles * S::kRanks;
+  const int most = blocks <= info.multiprocessors ? info.smem_optin : std::min(kSharedSmem, info.smem_optin);
+  const int budget = most - kBarrierBytes;
   args.stages = std::min(kMaxStages, budget / args.stage_bytes);
   args.barriers = std::max(args.stages * args.stage_bytes, S::floats() * 4);
   VC_CHECK(args.stages >= 2 && args.barriers <= budget, "linear: a block may use ", budget,
@@ -336,41 +370,36 @@ void launch_narrow(const LinearParams& p, const LinearHopperPlan& plan, int box_
   shape.block = dim3(kThreads);
   shape.smem = size_t(args.barriers + kBarrierBytes);
   shape.cluster = S::kRanks;
-  shape.grid = dim3(unsigned((p.n + kRows - 1) / kRows * S::kRanks));
-  const CUtensorMap w_map = bf16_matrix_map(p.w, p.n, p.k, p.k, kRows);
-  const CUtensorMap x_map = bf16_matrix_map(p.x, p.rows, p.k, p.rows > 1 ? p.x_stride_row : p.k, box_tokens);
-  allow_all_smem<linear_narrow_wgmma<kRows, kGroup, kChunks>>(info);
-  launch(linear_narrow_wgmma<kRows, kGroup, kChunks>, shape, info, stream, args, w_map, x_map);
-}
-
-// Parts of k a block takes. Fewer, and x is read by fewer blocks; more, and fewer sums travel. No bits depend on it.
-int narrow_group(int box_tokens, int k) {
-  if (box_tokens <= 16) return 4;
-  return k <= 8192 ? 2 : 1;
+  shape.grid = dim3(unsigned(blocks));
+  allow_all_smem<linear_narrow_wgmma<kRows, kGroup, kRope>>(info);
+  launch(linear_narrow_wgmma<kRows, kGroup, kRope>, shape, info, stream, args, w_map, x_map);
 }
 
 }  // namespace
 
-bool linear_narrow(const LinearParams& p, const LinearHopperPlan& plan, const DeviceInfo& info, cudaStream_t stream) {
+bool linear_narrow(const LinearParams& p, const RopeWriteParams* rope, const LinearHopperPlan& plan,
+                   const DeviceInfo& info, cudaStream_t stream) {
   if (plan.splits != kParts || p.swiglu || p.rows > kTokens) return false;
   const int box_tokens = p.rows <= 8 ? 8 : p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : 64;
-  const auto go = [&]<int kPlanRows>() {
-    switch (narrow_group(box_tokens, p.k)) {
-      case 4:
-        return launch_narrow<kPlanRows / 4, 4, 4>(p, plan, box_tokens, info, stream);
-      case 2:
-        return launch_narrow<kPlanRows / 2, 2, 1>(p, plan, box_tokens, info, stream);
-      default:
-        return launch_narrow<kPlanRows, 1, 1>(p, plan, box_tokens, info, stream);
-    }
+  const auto launch_group = [&]<int kPlanRows, bool kRope>() {
+    if (box_tokens <= kSoloTokens)
+      launch_narrow<kPlanRows / 4, 4, kRope>(p, rope, plan, box_tokens, info, stream);
+    else
+      launch_narrow<kPlanRows / 2, 2, kRope>(p, rope, plan, box_tokens, info, stream);
+    return true;
   };
-  if (plan.rows == 192)
-    go.template operator()<192>();
-  else if (plan.rows == 128)
-    go.template operator()<128>();
-  else
-    return false;
-  return true;
+  const auto launch_tiles = [&]<int kPlanRows>() {
+    return rope ? launch_group.template operator()<kPlanRows, true>()
+                : launch_group.template operator()<kPlanRows, false>();
+  };
+  switch (rope ? plan.rope_rows() : plan.rows) {
+    case 192:
+      return launch_tiles.template operator()<192>();
+    case 128:
+      return launch_tiles.template operator()<128>();
+    default:
+      return false;
+  }
 }
 
 }  // namespace vericache::cuda

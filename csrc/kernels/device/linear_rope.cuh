@@ -3,8 +3,9 @@
 // q or to the row's page. The sum is rounded to bfloat16 before it is rotated, so the bits are those of linear and
 // rope_write one after the other.
 //
-// Tiles. An output of a rotation needs channels i and i + head_dim / 2 of its head: a pair. A tile has a run of 32
-// pairs from each of rows / 64 heads (bf16_heads_map): of each head 8 low rows, their 8 high rows, the next 8 low rows,
+// Tiles. An output of a rotation needs channels i and i + head_dim / 2 of its head: a pair. A tile has a run of 8, 16
+// or 32 pairs from each of a few heads (bf16_heads_map): of each head 8 low rows, their 8 high rows, the next 8 low
+// rows,
 // ...; then the next head. So a thread of wgmma holds both of a pair, as with SwiGLU. V's heads lie the same way,
 // unrotated.
 #pragma once
@@ -17,8 +18,6 @@
 
 namespace vericache::cuda {
 
-constexpr int kRopeRun = 32;  // pairs of a head a tile; 2 * kRopeRun rows of w
-
 // Whether linear_rope_write has a fused form; else it is linear, then rope_write.
 inline bool can_fuse_rope(const RopeWriteParams& rope, const void* bias) {
   const auto aligned = [](const void* ptr, int bytes) { return reinterpret_cast<uintptr_t>(ptr) % bytes == 0; };
@@ -26,21 +25,27 @@ inline bool can_fuse_rope(const RopeWriteParams& rope, const void* bias) {
          aligned(rope.sin, 16) && aligned(rope.q_out, 8) && aligned(bias, 8);
 }
 
-// Which heads and pairs a tile has.
+// Which heads and pairs a tile has. kRun: pairs of a head, 2 * kRun rows of w.
+template <int kRun>
 struct RopeTile {
   int first_head, first_pair;
 
-  __host__ __device__ static int count(const RopeWriteParams& rope, int tile_rows) {
-    const int heads = rope.q_heads + 2 * rope.kv_heads, tile_heads = tile_rows / (2 * kRopeRun);
-    return (heads + tile_heads - 1) / tile_heads * (rope.head_dim / (2 * kRopeRun));
+  // Log2 of the runs a head has.
+  static int runs_log2(int head_dim) {
+    int log2 = 0;
+    while (2 * kRun << log2 < head_dim) ++log2;
+    return log2;
   }
-  // runs_log2: log2 of the runs a head has.
+  static int count(const RopeWriteParams& rope, int tile_rows) {
+    const int heads = rope.q_heads + 2 * rope.kv_heads, tile_heads = tile_rows / (2 * kRun);
+    return (heads + tile_heads - 1) / tile_heads << runs_log2(rope.head_dim);
+  }
   __device__ __forceinline__ static RopeTile make(int tile, int tile_rows, int runs_log2) {
-    return {(tile >> runs_log2) * (tile_rows / (2 * kRopeRun)), (tile & ((1 << runs_log2) - 1)) * kRopeRun};
+    return {(tile >> runs_log2) * (tile_rows / (2 * kRun)), (tile & ((1 << runs_log2) - 1)) * kRun};
   }
   // Of the pair whose low row is `row` of the tile.
-  __device__ __forceinline__ int head(int row) const { return first_head + row / (2 * kRopeRun); }
-  __device__ __forceinline__ int pair(int row) const { return first_pair + row % (2 * kRopeRun) / 16 * 8 + row % 8; }
+  __device__ __forceinline__ int head(int row) const { return first_head + row / (2 * kRun); }
+  __device__ __forceinline__ int pair(int row) const { return first_pair + row % (2 * kRun) / 16 * 8 + row % 8; }
 };
 
 // Brings what the end of these rows will read into the L2; by threads that have nothing to do yet.

@@ -53,14 +53,14 @@ inline CUtensorMap bf16_halves_map(const void* base, int64_t rows, int64_t cols,
   return bf16_tensor_map(base, 4, sizes, strides, box);
 }
 
-// A contiguous matrix whose rows are heads of head_dim rows (a multiple of 64): a box has 32 pairs i, i + head_dim / 2
-// of the rows of each of box_heads heads; of each head 8 first rows, their 8 partners, the next 8 first rows, ... Axes:
-// column, row in 8, half of a head, 8 rows of a half, head.
-inline CUtensorMap bf16_heads_map(const void* base, int heads, int head_dim, int64_t cols, int box_heads) {
+// A contiguous matrix whose rows are heads of head_dim rows: a box has `run` pairs i, i + head_dim / 2 of the rows of
+// each of box_heads heads; of each head 8 first rows, their 8 partners, the next 8 first rows, ... head_dim / 2 is a
+// multiple of run, run of 8. Axes: column, row in 8, half of a head, 8 rows of a half, head.
+inline CUtensorMap bf16_heads_map(const void* base, int heads, int head_dim, int64_t cols, int run, int box_heads) {
   const cuuint64_t row = cuuint64_t(cols) * 2, half = cuuint64_t(head_dim) / 2;
   const cuuint64_t sizes[5] = {cuuint64_t(cols), 8, 2, half / 8, cuuint64_t(heads)};
   const cuuint64_t strides[4] = {row, row * half, row * 8, row * half * 2};
-  const cuuint32_t box[5] = {64, 8, 2, 4, cuuint32_t(box_heads)};
+  const cuuint32_t box[5] = {64, 8, 2, cuuint32_t(run) / 8, cuuint32_t(box_heads)};
   return bf16_tensor_map(base, 5, sizes, strides, box);
 }
 
