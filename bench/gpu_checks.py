@@ -34,7 +34,7 @@ TOOLS = ("memcheck", "racecheck")
 # The small cases, cut so that each run takes some seconds: program, arguments.
 SMALL = (
     ("attention", ["", "quick"]),
-    *(("dense", ["--quick", "--only", part]) for part in ("linear", "layer", "sample", "pages", "window")),
+    *(("dense", ["--quick", "--only", part]) for part in ("linear", "rope", "layer", "sample", "pages", "window")),
 )
 
 
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu", help="where the programs are built")
     parser.add_argument("--jobs", type=int, default=16, help="compilers at once")
     parser.add_argument("--pytest", default="", help="further arguments of pytest, in one string")
-    parser.add_argument("--sanitizer-seconds", type=int, default=100, help="limit of each run under compute-sanitizer")
+    parser.add_argument("--sanitizer-seconds", type=int, default=120, help="limit of each run under compute-sanitizer")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu-checks.json")
     arguments = parser.parse_args(argv)
     folder, out = arguments.build.resolve(), arguments.out.resolve()

@@ -22,7 +22,7 @@ void rope_equality(Report& report, int q_heads, int kv_heads, int head_dim, int 
   Rng rng(7);
   uint64_t different = 0;
   bool guard = true, control = true;
-  for (int rows = 1; rows <= all_rows; ++rows) {
+  for (int rows = 1; rows <= all_rows; rows += quick ? 6 : 1) {
     std::vector<int> slot(rows);  // of each row, in another order every time
     std::iota(slot.begin(), slot.end(), 0);
     std::shuffle(slot.begin(), slot.end(), rng);

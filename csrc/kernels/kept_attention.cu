@@ -5,9 +5,10 @@
 // are numbered 0 .. kept_len-1 for the kept rows of a head, then, from the next multiple of the tile on, tail_start,
 // tail_start + 1, ...; between them lies a hole that is never read.
 //
-// Reduction order: as in those kernels, but free of R1. Few units (request, KV head) are cut into even pieces, one a
-// block, so the cuts depend on the lengths and rows of the whole batch, its table widths and the number of
-// multiprocessors; the same call gives the same bits, wherever the pages lie. Held by bench/gpu/attention_check.cu.
+// Reduction order: as in those kernels, but free of R1. Few units (request, KV head) of which one has dropped a token
+// are cut into even pieces, one a block, so the cuts depend on the lengths and rows of the whole batch, its table
+// widths and the number of multiprocessors; the same call gives the same bits, wherever the pages lie. Held by
+// bench/gpu/attention_check.cu.
 #include "device/element.cuh"
 #include "device/simple_attention.cuh"
 #include "device/split_attention.cuh"
@@ -17,30 +18,26 @@
 namespace vericache::cuda {
 namespace {
 
-// Pieces of `shorter` tokens up to split `shorter_splits`, of `longer` from there on.
+// Even pieces, or AbsoluteSplits.
 struct KeptSplits {
-  int shorter, shorter_splits, longer;
-  static constexpr int kKinds = 2;  // longer, shorter
+  int even;  // tokens a piece; 0: absolute
+  static constexpr int kKinds = AbsoluteSplits::kKinds;
 
-  __host__ __device__ constexpr int of(int token) const {
-    const int rest = token - shorter * shorter_splits;
-    return rest < 0 ? token / shorter : shorter_splits + rest / longer;
-  }
+  __host__ __device__ constexpr int of(int token) const { return even > 0 ? token / even : AbsoluteSplits::of(token); }
   __host__ __device__ constexpr int begin(int split) const {
-    return split < shorter_splits ? split * shorter : shorter * shorter_splits + (split - shorter_splits) * longer;
+    return even > 0 ? split * even : AbsoluteSplits::begin(split);
   }
-  __device__ int first_of(int kind) const { return kind == 0 ? shorter_splits : 0; }
-  __device__ int weight(int kind) const { return kind == 0 ? longer / shorter : 1; }
+  // Even pieces are all of kind 0.
+  __device__ int first_of(int kind) const { return even > 0 ? 0 : AbsoluteSplits::first_of(kind); }
+  __device__ int weight(int kind) const { return even > 0 ? 1 : AbsoluteSplits::weight(kind); }
 };
 
-// Many units: enough pieces for any grid, the short ones to even out the end.
-__host__ __device__ constexpr KeptSplits for_many_units() { return {512, 4, 2048}; }
 constexpr int kLeastTiles = 4;  // of an even piece
 
 __host__ __device__ constexpr int tiles_of(int tokens) { return (tokens + kTileTokens - 1) / kTileTokens; }
 
 struct KeptParams : KeptAttentionParams {
-  int pieces = 0;       // whole even pieces wanted, of all units together; 0: for_many_units()
+  int pieces = 0;       // whole even pieces wanted, of all units together; 0: absolute ones
   int least_tiles = 0;  // of an even piece, so that no unit has more pieces than there is memory for
   int max_splits = 0;   // of one unit
 };
@@ -51,18 +48,22 @@ struct KeptKeys {
   static constexpr bool kPerHead = true;
 
   // Every warp of every block, of the merge too, comes to the same: a request's tail is measured by its last row. That
-  // only sets a length; it need not be the longest tail.
+  // only sets a length; it need not be the longest tail. Where no head has dropped a token the cuts are those of
+  // paged_attention, and so are the bits: drafts of the compressor `identity` are never refused.
   static __device__ Splits splits(const Params& p) {
-    if (p.pieces == 0) return for_many_units();
+    if (p.pieces == 0) return {0};
     int tiles = 0;
+    bool dropped = false;
     for (int unit = int(threadIdx.x) % 32; unit < p.requests * p.kv_heads; unit += 32) {
       const int request = unit / p.kv_heads, kept = p.kept_len[unit], start = p.tail_start[request];
       const int first = p.row_offsets[request], end = p.row_offsets[request + 1];
-      if (end > first) tiles += tiles_of(kept) + tiles_of(max(0, p.row_position[end - 1] + 1 - start));
+      if (end <= first) continue;
+      tiles += tiles_of(kept) + tiles_of(max(0, p.row_position[end - 1] + 1 - start));
+      dropped |= kept != start;
     }
+    if (!__any_sync(0xffffffffu, dropped)) return {0};
     tiles = __reduce_add_sync(0xffffffffu, tiles);
-    const int length = max(p.least_tiles, (tiles + p.pieces - 1) / p.pieces) * kTileTokens;
-    return {length, 0, length};
+    return {max(p.least_tiles, (tiles + p.pieces - 1) / p.pieces) * kTileTokens};
   }
 
   static __device__ __forceinline__ Span span(const Params& p, int request, int kv_head, int, int last_position) {
@@ -137,14 +138,14 @@ KeptParams planned(const KeptAttentionParams& p) {
   const int blocks = int(device_info().multiprocessors / ((item_rows - 1) / (kMostRows * requests) + 1));
   const int tiles = tiles_of((p.max_kept_pages + p.max_tail_pages) * p.page_size) + 1;  // of one unit, with its hole
   KeptParams plan{p};
-  if (4 * units > blocks) {
-    plan.max_splits = splits_for(for_many_units(), tiles * kTileTokens);
-    return plan;
-  }
+  const int absolute = splits_for(KeptSplits{0}, tiles * kTileTokens);
+  plan.max_splits = absolute;
+  if (4 * units > blocks) return plan;
   plan.pieces = blocks - units;
   // Memory for units of four times the mean length; if one is longer, all get longer pieces.
-  plan.max_splits = std::min((tiles + kLeastTiles - 1) / kLeastTiles, 4 * plan.pieces / units + 1);
-  plan.least_tiles = std::max(kLeastTiles, (tiles + plan.max_splits - 1) / plan.max_splits);
+  const int even = std::min((tiles + kLeastTiles - 1) / kLeastTiles, 4 * plan.pieces / units + 1);
+  plan.least_tiles = std::max(kLeastTiles, (tiles + even - 1) / even);
+  plan.max_splits = std::max(absolute, even);
   return plan;
 }
 
