@@ -30,16 +30,29 @@ __host__ __device__ __forceinline__ RowPlace row_place(uint64_t address) {
   return {int(address >> kShift & 0x7fffffff), int(address >> (kShift + 31))};
 }
 
+// What the L2 may drop first, and last, as createpolicy.fractional encodes it. As numbers, for they are kernel
+// arguments.
+inline constexpr uint64_t kDropAsUsual = 0x1000000000000000, kDropFirst = 0x12f0000000000000,
+                          kDropLast = 0x14f0000000000000;
+
 // Copies a box to dst, a multiple of 128: the swizzle goes by the address in shared memory, not by the row of the box.
 // Its bytes count on `barrier`.
 __device__ __forceinline__ void copy_rows(uint32_t dst, const CUtensorMap& map, RowPlace from, int part,
-                                          uint32_t barrier) {
+                                          uint32_t barrier, uint64_t policy) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
-      " [%0], [%1, {%2, %3, %4, %5}], [%6];" ::"r"(dst),
-      "l"(&map), "r"(0), "r"(from.row), "r"(part), "r"(from.high), "r"(barrier)
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(dst),
+      "l"(&map), "r"(0), "r"(from.row), "r"(part), "r"(from.high), "r"(barrier), "l"(policy)
       : "memory");
+#endif
+}
+
+__device__ __forceinline__ void store_float4(float* to, float4 v, uint64_t policy) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("st.global.L2::cache_hint.v4.f32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "f"(v.x), "f"(v.y), "f"(v.z),
+               "f"(v.w), "l"(policy)
+               : "memory");
 #endif
 }
 

@@ -54,6 +54,8 @@ __global__ void __launch_bounds__(Shape::kBoundThreads, Shape::kBlocks)
 
 inline constexpr int kMaxGroup = 16;  // of query heads a KV head, for copies of q in boxes
 
+inline constexpr size_t kStatesInL2 = size_t(40) << 20;  // of 50 MB
+
 // A counter behind the partial states.
 inline size_t warpgroup_attention_workspace_bytes(int64_t rows, int q_heads, int max_splits, int head_dim) {
   return PartialStates::bytes(rows * q_heads * max_splits, head_dim) + sizeof(TaggedCounter);
@@ -91,12 +93,16 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
     for (int rows = 1; rows <= kMaxGroup; ++rows) of_group[rows] = row_map(Shape::kHeadDim, rows, false);
     return of_group;
   }();
+  // K and V, read once, would push states out of the L2 before the merge reads them; where the L2 has no room for the
+  // states either, they had better share it.
+  const bool fits = PartialStates::bytes(states, Shape::kHeadDim) <= kStatesInL2;
   const bool q_boxes = has_q_boxes<Shape::kHeadDim>(p, Shape::kRows);
   allow_all_smem<kernel>(info);
-  launch(kernel, {dim3(grid), dim3(Shape::kThreads), smem}, info, stream,
-         WarpgroupArgs<Keys>{p, partial, reinterpret_cast<TaggedCounter*>(partial.ml + states), max_splits,
-                             boxes_of_tiles ? kTileTokens : kGranuleTokens, q_boxes, maps[boxes_of_tiles],
-                             q_maps[q_boxes ? group : 0]});
+  launch(
+      kernel, {dim3(grid), dim3(Shape::kThreads), smem}, info, stream,
+      WarpgroupArgs<Keys>{p, partial, reinterpret_cast<TaggedCounter*>(partial.ml + states), max_splits,
+                          boxes_of_tiles ? kTileTokens : kGranuleTokens, fits ? kDropFirst : kDropAsUsual,
+                          fits ? kDropLast : kDropAsUsual, q_boxes, maps[boxes_of_tiles], q_maps[q_boxes ? group : 0]});
   launch_merge<Shape::kHeadDim>(RowSplits<Keys>{p, max_splits}, max_splits, p.rows, p.q_heads, partial, p.out, info,
                                 stream);
 }

@@ -49,8 +49,9 @@ struct WarpgroupArgs {
   PartialStates partial;  // state (row, head, split) at index (row * q_heads + head) * max_splits + split
   TaggedCounter* work;
   int max_splits;
-  int box_rows;  // of `map`: 64, whole rows; or kGranuleTokens, one part
-  bool q_boxes;  // q comes in boxes of q_map: one part of the rows of a KV head's query heads
+  int box_rows;                      // of `map`: 64, whole rows; or kGranuleTokens, one part
+  uint64_t kv_policy, state_policy;  // of row_copy.cuh
+  bool q_boxes;                      // q comes in boxes of q_map: one part of the rows of a KV head's query heads
   CUtensorMap map, q_map;
 };
 
@@ -148,7 +149,7 @@ struct WarpgroupBlock {
       const auto* from =
           q_base + (query0 + first / group + query) * p.q_stride_row + int64_t(work.kv_head) * group * Shape::kHeadDim;
       copy_rows(base + uint32_t(Smem::kQ + (part * Shape::kQRows + query * group) * 128), args.q_map,
-                row_place<Shape::kHeadDim>(reinterpret_cast<uint64_t>(from)), part, base + Smem::kQFull);
+                row_place<Shape::kHeadDim>(reinterpret_cast<uint64_t>(from)), part, base + Smem::kQFull, kDropAsUsual);
     }
 #pragma unroll 1
     for (int i = int(threadIdx.x) % 32; !args.q_boxes && i < rows * kRowChunks; i += 32) {

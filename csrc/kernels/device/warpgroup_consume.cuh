@@ -130,7 +130,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
         const float x = __shfl_xor_sync(0xffffffffu, odd ? own[0] : own[4], 1);
         const float y = __shfl_xor_sync(0xffffffffu, odd ? own[1] : own[5], 1);
         const float4 four = {odd ? x : own[0], odd ? y : own[1], odd ? own[4] : x, odd ? own[5] : y};
-        if (seen) *reinterpret_cast<float4*>(to + n * 8) = four;
+        if (seen) store_float4(to + n * 8, four, args.state_policy);
       }
       if (seen && t == 0) args.partial.ml[at] = make_float2(m[half].stored(c), sum);
     }

@@ -115,12 +115,12 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
           if (boxes > 1) __syncwarp();  // bytes are announced before they come
           if (whole && lane < boxes) {
             if (boxes == 1) {
-              copy_rows(slot, args.map, {rows[part], high}, 0, barrier);
+              copy_rows(slot, args.map, {rows[part], high}, 0, barrier, args.kv_policy);
             } else {
 #pragma unroll
               for (int piece = 0; piece < Shape::kParts; ++piece)
                 copy_rows(slot + uint32_t(piece * Shape::kPartBytes + lane * kGranuleTokens * 128), args.map,
-                          {rows[part], high}, piece, barrier);
+                          {rows[part], high}, piece, barrier, args.kv_policy);
             }
           }
           ring.next(Shape::kSlots);
