@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--build", type=Path, default=ROOT / "build" / "gpu", help="where the programs are built")
     parser.add_argument("--jobs", type=int, default=16, help="compilers at once")
     parser.add_argument("--pytest", default="", help="further arguments of pytest, in one string")
-    parser.add_argument("--sanitizer-seconds", type=int, default=120, help="limit of each run under compute-sanitizer")
+    parser.add_argument("--sanitizer-seconds", type=int, default=200, help="limit of each run under compute-sanitizer")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "gpu-checks.json")
     arguments = parser.parse_args(argv)
     folder, out = arguments.build.resolve(), arguments.out.resolve()
