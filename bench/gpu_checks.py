@@ -51,7 +51,7 @@ def sanitize(
     summary = next((line.lstrip("= ") for line in reversed(lines) if "SUMMARY" in line), None)
     # "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)". Hazards alone have
     # left the exit code 0.
-    clean = code == 0 and summary is not None and re.search(r"(?<!\d)0 errors", summary) is not None
+    clean = code == 0 and summary is not None and re.search(r"ERROR SUMMARY: 0 errors|\b0 hazards", summary) is not None
     result = {
         "tool": tool,
         "program": program,

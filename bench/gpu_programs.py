@@ -44,6 +44,9 @@ def run(
             # All of it: a sanitizer that is killed alone leaves its program running on the GPU.
             os.killpg(process.pid, signal.SIGKILL)
             return 124
+        except BaseException:  # of a session of its own, it does not hear Ctrl-C
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def check(family: str, folder: Path, work: Path) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def gpu_checks(result: dict[str, Any]) -> str:
         if clean := [run for run in runs if run["tool"] == tool and run.get("clean")]:
             said.append(f"{tool} finds nothing in {sum(run['checks_run'] for run in clean)} checks")
     caption = f"{sum(c['ok'] for c in checks)} of {len(checks)} kernel checks pass. "
-    caption += f"compute-sanitizer, small cases of every kernel: {'; '.join(said)}. " if said else ""
+    caption += f"compute-sanitizer, small cases: {'; '.join(said)}. " if said else ""
     caption += f"Tests on the GPU: {result['pytest']['summary']}. " if "pytest" in result else ""
     head = ["kernel", "rows a request, or M", "rows compared with the same row alone", "values that differ", "control"]
     return table(head, rows) + "\n" + caption + where(result["environment"])

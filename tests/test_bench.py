@@ -100,6 +100,8 @@ def test_a_program_over_its_time_ends_with_its_children(tmp_path: Path) -> None:
         ("ERROR SUMMARY: 0 errors", 0, True),
         ("RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", 0, True),
         ("RACECHECK SUMMARY: 4 hazards displayed (340 errors, 0 warnings)", 0, False),
+        ("RACECHECK SUMMARY: 3 hazards displayed (0 errors, 3 warnings)", 0, False),
+        ("RACECHECK SUMMARY: 10 hazards displayed (0 errors, 10 warnings)", 0, False),
         ("ERROR SUMMARY: 20 errors", 9, False),
         ("no summary", 0, False),
     ],

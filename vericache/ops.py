@@ -345,7 +345,8 @@ def window_scores(queries: Tensor, k: Tensor) -> Tensor:
     """Averages the attention that the last queries of a sequence pay to its keys.
 
     The softmax is causal, scaled by head_dim ** -0.5, and in float32. No matrix of scores is made: K is read twice.
-    The result depends on its arguments' values and shapes alone, and is the same on every run.
+    The result depends on its arguments' values and shapes (on CUDA also on whether rows lie at multiples of 16 bytes,
+    which another kernel takes) and is the same on every run.
 
     Args:
         queries (T) [window, q_heads, head_dim]: rotated queries of positions tokens - window .. tokens - 1; rows and

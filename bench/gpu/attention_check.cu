@@ -219,7 +219,9 @@ int main(int argc, char** argv) try {
   if (argc > 2 && std::string(argv[2]) == "quick") {
     check_full(report, {8, 2, 128, 64}, 0, 700, true);
     check_full(report, {8, 2, 64, 64}, 100, 600, true);
+    check_full(report, {7, 1, 128, 64}, 0, 200, true);  // a group that does not divide a block's rows
     check_kept(report, {4, 2, 64, 64});
+    check_kept(report, {4, 2, 64, 64}, 20, 1);  // so many units that two blocks share a multiprocessor
     for (const int bits : {8, 4, 2}) check_quant(report, {8, 2, 128, 64}, bits, 32);
     check_quant(report, {8, 2, 128, 64}, 2, 32, 1);
     check_quant_batch(report, {8, 2, 128, 64}, 4, 1);
@@ -231,6 +233,9 @@ int main(int argc, char** argv) try {
     check_full(report, {8, 1, 64, 16}, 0, 5000);
     check_full(report, {16, 1, 128, 256}, 0, 700);
     check_full(report, {8, 2, 64, 64}, 1000, 2100);
+    check_full(report, {7, 1, 128, 64}, 0, 700);  // a group that does not divide a block's rows
+    check_full(report, {4, 4, 64, 32}, 0, 700);
+    check_full(report, {32, 1, 128, 64}, 0, 700);
     check_full(report, {6, 2, 96, 64}, 0, 300);  // no tensor cores
     for (const int requests : {1, 2, 9})         // few units, and with 9 many
       for (const int rows : {1, 3, 40}) check_kept(report, {32, 8, 128, 64}, requests, rows);

@@ -10,7 +10,7 @@ namespace vericache::bench {
 template <class T>
 void rope_equality(Report& report, int q_heads, int kv_heads, int head_dim, int k, DType dtype, bool quick) {
   constexpr int kPageSize = 16, kPositions = 300;
-  const int all_rows = quick ? 20 : 140, n = (q_heads + 2 * kv_heads) * head_dim, half = head_dim / 2;
+  const int all_rows = quick ? 67 : 140, n = (q_heads + 2 * kv_heads) * head_dim, half = head_dim / 2;
   const size_t page_bytes = size_t(2) * kv_heads * kPageSize * head_dim * sizeof(T);
   const size_t q_bytes = size_t(q_heads) * head_dim * sizeof(T);
   const Buffer x = random_buffer<T>(size_t(all_rows) * k, 61), w = random_buffer<T>(size_t(n) * k, 62, 0.05f);
@@ -22,7 +22,7 @@ void rope_equality(Report& report, int q_heads, int kv_heads, int head_dim, int 
   Rng rng(7);
   uint64_t different = 0;
   bool guard = true, control = true;
-  for (int rows = 1; rows <= all_rows; rows += quick ? 6 : 1) {
+  for (int rows = 1; rows <= all_rows; rows += quick ? 33 : 1) {
     std::vector<int> slot(rows);  // of each row, in another order every time
     std::iota(slot.begin(), slot.end(), 0);
     std::shuffle(slot.begin(), slot.end(), rng);
@@ -77,9 +77,11 @@ inline void linear_rope_checks(Report& report, bool quick) {
   for (const Heads& h :
        {Heads{32, 8, 128, 4096}, Heads{12, 6, 256, 4096}, Heads{24, 5, 128, 4096}, Heads{28, 4, 128, 3584},
         Heads{56, 4, 64, 4096}, Heads{13, 3, 128, 2048}, Heads{25, 4, 128, 4096}, Heads{40, 8, 128, 5120},
-        Heads{14, 2, 64, 896}, Heads{64, 64, 128, 128}, Heads{20, 4, 256, 128}, Heads{5, 1, 64, 72},
-        Heads{6, 2, 80, 512}, Heads{3, 1, 128, 61}})
-    if (!quick || h.k <= 128) rope_equality<__nv_bfloat16>(report, h.q, h.kv, h.dim, h.k, DType::kBFloat16, quick);
+        Heads{16, 4, 128, 1024}, Heads{14, 2, 64, 896}, Heads{64, 64, 128, 128}, Heads{20, 4, 256, 128},
+        Heads{5, 1, 64, 72}, Heads{6, 2, 80, 512}, Heads{3, 1, 128, 61}})
+    // Of the small ones that with k = 1024 is for narrow tiles up to 64 rows, and for linear.cu's split ones beyond.
+    if (!quick || h.k <= 128 || h.k == 1024)
+      rope_equality<__nv_bfloat16>(report, h.q, h.kv, h.dim, h.k, DType::kBFloat16, quick);
   rope_equality<float>(report, 3, 1, 64, 72, DType::kFloat32, quick);
 }
 

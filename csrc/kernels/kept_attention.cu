@@ -48,8 +48,9 @@ struct KeptKeys {
   static constexpr bool kPerHead = true;
 
   // Every warp of every block, of the merge too, comes to the same: a request's tail is measured by its last row. That
-  // only sets a length; it need not be the longest tail. Where no head has dropped a token the cuts are those of
-  // paged_attention, and so are the bits: drafts of the compressor `identity` are never refused.
+  // only sets a length; it need not be the longest tail. Where no head of the batch has dropped a token the cuts are
+  // those of paged_attention, and so are the bits if every tail begins at a multiple of a tile: drafts of the
+  // compressor `identity` are then never refused.
   static __device__ Splits splits(const Params& p) {
     if (p.pieces == 0) return {0};
     int tiles = 0;

@@ -7,7 +7,7 @@
 // second kernel merges the states of units that lie in several runs (device/quant_merge.cuh). Item row i is query row
 // i / group, head i % group, as in split_attention.cuh. What a warp does with a tile: device/quant_state.cuh.
 //
-// Grid: one block, or a few, a multiprocessor. Shared memory: the line, the states that warps deposit for the merge, a
+// Grid: one block a multiprocessor. Shared memory: the line, the states that warps deposit for the merge, a
 // ring of tiles a warp, filled by cp.async (device/quant_tile.cuh) and refilled beside the merge. Quantized tiles that
 // fit the rings are on their way before the kernel waits for the one before it, if the caller says that they are
 // settled: the merge of the call before, among others, so runs beside them.
@@ -190,6 +190,7 @@ int64_t max_states(const QuantAttentionParams& p, int item_rows, int blocks) {
 template <class Shape>
 void launch_quant(const QuantAttentionParams& p, cudaStream_t stream) {
   constexpr auto kernel = quant_attention_kernel<Shape>;
+  static_assert(Shape::kBlocks == 1);  // quant_attention_workspace_bytes counts on it
   const DeviceInfo info = device_info();
   const int blocks = info.multiprocessors * Shape::kBlocks;
   const int warps = std::min(Shape::kWarps, (info.smem_optin - Shape::line_bytes(p.requests)) / Shape::kWarpBytes);

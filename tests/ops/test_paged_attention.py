@@ -244,20 +244,35 @@ def test_large_scores(device):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_strided_q_and_table(device):
-    request = Request(300, [100, 299], device=device)
+@pytest.mark.parametrize(("dtype", "width", "first"), [(torch.float32, 70, 3), (torch.bfloat16, 72, 8)])
+def test_strided_q_and_table(device, dtype, width, first):
+    request = Request(300, [100, 299], dtype=dtype, device=device)
     want = attend([request])
-    wide = torch.full((2, 12, 70), float("nan"), device=device)
-    wide[:, 2:10, 3:67] = request.q
+    wide = torch.full((2, 12, width), float("nan"), dtype=dtype, device=device)
+    wide[:, 2:10, first : first + 64] = request.q
     pages, address = full_pages(request.k, request.v, 64)
     wide_table = torch.ones(1, 20, dtype=torch.int64, device=device)
     wide_table[0, 4 : 4 + len(address)] = torch.tensor(address, device=device)
     got = ops.paged_attention(
-        wide[:, 2:10, 3:67], wide_table[:, 4:12], int32([0, 2], device), int32([100, 299], device),
+        wide[:, 2:10, first : first + 64], wide_table[:, 4:12], int32([0, 2], device), int32([100, 299], device),
         kv_heads=2, page_size=64, scale=request.scale,
     )  # fmt: skip
     assert len(pages) == 5
     assert_same_bits(got, want, "strided")
+
+
+@pytest.mark.cuda
+def test_q_off_16_bytes_is_refused_cuda():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("other GPUs read q 4 bytes at a time")
+    request = Request(300, [100, 299], dtype=torch.bfloat16, device="cuda")
+    _, address = full_pages(request.k, request.v, 64)
+    wide = torch.zeros(2, 8, 70, dtype=torch.bfloat16, device="cuda")
+    with pytest.raises(KernelError, match=r"strides 560, 70 elements .* contiguous"):
+        ops.paged_attention(
+            wide[:, :, 2:66], torch.tensor([address], device="cuda"), int32([0, 2], "cuda"), int32([100, 299], "cuda"),
+            kv_heads=2, page_size=64, scale=request.scale,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("device", DEVICES)

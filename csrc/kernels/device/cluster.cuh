@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Thread-block clusters (sm_90 and later): the barrier, and reads of another block's shared memory. On an older GPU a
-// launch has no cluster, each block is its own cluster of one, and these work on the block alone.
+// Thread-block clusters (sm_90 and later): the barrier, and reads of and copies to another block's shared memory. On an
+// older GPU a launch has no cluster, each block is its own cluster of one, and these work on the block alone.
 #pragma once
 
 #include <cstdint>
@@ -41,7 +41,8 @@ __device__ __forceinline__ void cluster_wait() {
 #endif
 }
 
-// The address, for load_cluster, of what `address` (of this block's shared memory) is in block `rank` of the cluster.
+// The address, for load_cluster and copy_to_rank, of what `address` (of this block's shared memory) is in block `rank`
+// of the cluster.
 __device__ __forceinline__ uint32_t map_to_rank(uint32_t address, int rank) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   uint32_t remote;

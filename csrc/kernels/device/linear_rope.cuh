@@ -5,8 +5,7 @@
 //
 // Tiles. An output of a rotation needs channels i and i + head_dim / 2 of its head: a pair. A tile has a run of 8, 16
 // or 32 pairs from each of a few heads (bf16_heads_map): of each head 8 low rows, their 8 high rows, the next 8 low
-// rows,
-// ...; then the next head. So a thread of wgmma holds both of a pair, as with SwiGLU. V's heads lie the same way,
+// rows, ...; then the next head. So a thread of wgmma holds both of a pair, as with SwiGLU. V's heads lie the same way,
 // unrotated.
 #pragma once
 

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bulk copies of K or V rows that lie anywhere in device memory (sm_90), in the 128-byte swizzle of device/wgmma.cuh.
+// Bulk copies of rows of q, K or V that lie anywhere in device memory (sm_90), in the 128-byte swizzle of
+// device/wgmma.cuh; and what copies and stores may say to the L2.
 //
 // Pages are reached by raw addresses, and a tensor map has one base. So the map here describes all of the address space
 // as one tensor of rows, from address 0: what is copied is chosen by the coordinates alone, an address cut in pieces.

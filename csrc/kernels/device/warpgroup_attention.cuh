@@ -26,6 +26,7 @@
 #include <array>
 #include <cstdint>
 
+#include "element.cuh"
 #include "warpgroup_consume.cuh"
 #include "warpgroup_produce.cuh"
 
@@ -77,6 +78,8 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
   constexpr auto kernel = warpgroup_attention_kernel<Keys, Shape>;
   const DeviceInfo info = device_info();
   const size_t smem = WarpgroupSmem<Shape>::template bytes<Keys>(p.requests, p.kv_heads);
+  VC_CHECK(aligned16(p.q) && p.q_stride_row % 8 == 0 && p.q_stride_head % 8 == 0, "q has strides ", p.q_stride_row,
+           ", ", p.q_stride_head, " elements or starts off a multiple of 16 bytes; make it contiguous.");
   VC_CHECK(smem <= size_t(info.smem_optin), p.requests,
            " requests leave no shared memory for the attention kernel; use fewer a batch.");
   const int group = p.q_heads / p.kv_heads;
