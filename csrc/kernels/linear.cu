@@ -386,10 +386,6 @@ void linear_hopper(const LinearParams& p, const RopeWriteParams* rope, const Dev
   }
 }
 
-}  // namespace
-
-namespace {
-
 bool takes_simple(const LinearParams& p) { return p.dtype == DType::kFloat32 || p.k % 8 != 0 || p.k == 0; }
 
 // SwiGLU in the product's own kernel.

@@ -285,7 +285,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     if (!kAlone) cluster_arrive();   // and may be overwritten by the others
     if (warp < slices) spill<kRows, kGroup>(acc, sums, rank);
     if (!kAlone) {
-      fence_for_copies();
+      fence_for_async_proxy();
       __syncwarp();
       cluster_wait();  // so are theirs, and their barriers are initialized
       if (threadIdx.x % 32 == 0 && warp < slices) send<kRows, kGroup>(ring, arrived, rank, warp);

@@ -104,8 +104,6 @@ void paged_attention(const PagedAttentionParams& p, cudaStream_t stream) {
                      [&](auto t) { launch_simple_attention<decltype(t), SimplePagedKeys<decltype(t)>>(p, stream); });
     return;
   }
-  VC_CHECK(p.q_stride_row % 2 == 0 && p.q_stride_head % 2 == 0 && reinterpret_cast<uintptr_t>(p.q) % 4 == 0,
-           "q has strides ", p.q_stride_row, ", ", p.q_stride_head, " or an odd address; it must be 4-byte aligned.");
   switch (p.head_dim) {
     case 64:
       return launch_for<64>(p, stream);

@@ -27,7 +27,7 @@ namespace {
 struct QuantArgs {
   QuantAttentionParams p;
   QuantBlob blob;
-  QuantStates states;
+  PartialStates states;
 };
 
 // Page tables into the L2, shared out over the grid: addresses are looked up once the line is built.
@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
       state.deposit(o, reinterpret_cast<float2*>(o + Shape::kItemRows * Shape::kHeadDim), lane);
     }
     __syncthreads();  // deposits are there
-    merge_warps<Shape>(p, args.states, unit, deposits, turns(from - begin, to - from, warps));
+    merge_deposits<Shape>(p, args.states, unit, deposits, turns(from - begin, to - from, warps));
     from = to;
     if (from < end) {
       at.seek(line, p, from);
@@ -195,7 +195,7 @@ void launch_quant(const QuantAttentionParams& p, cudaStream_t stream) {
   const int blocks = info.multiprocessors * Shape::kBlocks;
   const int warps = std::min(Shape::kWarps, (info.smem_optin - Shape::line_bytes(p.requests)) / Shape::kWarpBytes);
   VC_CHECK(warps > 0, p.requests, " requests leave no shared memory for the attention kernel; use fewer a batch.");
-  const auto states = QuantStates::at(p.workspace, max_states(p, Shape::kItemRows, blocks), Shape::kHeadDim);
+  const auto states = PartialStates::at(p.workspace, max_states(p, Shape::kItemRows, blocks), Shape::kHeadDim);
   allow_all_smem<kernel>(info);
   launch(kernel, {dim3(blocks), dim3(32 * warps), size_t(Shape::line_bytes(p.requests) + warps * Shape::kWarpBytes)},
          info, stream, QuantArgs{p, QuantBlob::make(p), states});
@@ -234,7 +234,7 @@ void launch_bits(const QuantAttentionParams& p, cudaStream_t stream) {
 size_t quant_attention_workspace_bytes(const QuantAttentionParams& p) {
   if (!takes_tensor_cores(p)) return 0;
   const int item_rows = pairs_groups(p) ? 4 : 8;
-  return QuantStates::bytes(max_states(p, item_rows, device_info().multiprocessors), p.head_dim);
+  return PartialStates::bytes(max_states(p, item_rows, device_info().multiprocessors), p.head_dim);
 }
 
 void quant_attention(const QuantAttentionParams& p, cudaStream_t stream) {

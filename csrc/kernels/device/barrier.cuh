@@ -26,23 +26,7 @@ __device__ __forceinline__ void mbarrier_arrive_after_copies(uint32_t barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared.b64 [%0];" ::"r"(barrier) : "memory");
 }
 
-__device__ __forceinline__ bool mbarrier_done(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
-               : "=r"(done)
-               : "r"(barrier), "r"(parity)
-               : "memory");
-#else
-  asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
-               : "=r"(done)
-               : "r"(barrier), "r"(parity)
-               : "memory");
-#endif
-  return done != 0;
-}
-
-// The same at once, where mbarrier_done may sleep a while before it says no.
+// Whether a phase is complete, said at once.
 __device__ __forceinline__ bool mbarrier_done_now(uint32_t barrier, uint32_t parity) {
   uint32_t done;
   asm volatile("{\n .reg .pred p;\n mbarrier.test_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
@@ -50,6 +34,20 @@ __device__ __forceinline__ bool mbarrier_done_now(uint32_t barrier, uint32_t par
                : "r"(barrier), "r"(parity)
                : "memory");
   return done != 0;
+}
+
+// The same, but it may sleep a while before it says no.
+__device__ __forceinline__ bool mbarrier_done(uint32_t barrier, uint32_t parity) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint32_t done;
+  asm volatile("{\n .reg .pred p;\n mbarrier.try_wait.parity.shared.b64 p, [%1], %2;\n selp.u32 %0, 1, 0, p;\n}"
+               : "=r"(done)
+               : "r"(barrier), "r"(parity)
+               : "memory");
+  return done != 0;
+#else
+  return mbarrier_done_now(barrier, parity);
+#endif
 }
 
 // For whole warps, which it leaves converged: ldmatrix and mma demand it.
@@ -69,6 +67,14 @@ struct BarrierSlot {
     parity ^= 1;
   }
 };
+
+// What this thread's ordinary stores and cp.async wrote to shared memory is seen by wgmma and by bulk copies, after a
+// barrier that their issuer passes (sm_90 and later, where there are such).
+__device__ __forceinline__ void fence_for_async_proxy() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+#endif
+}
 
 // Barrier `id` (1 .. 15) among `threads` threads, whole warps.
 __device__ __forceinline__ void named_barrier(int id, int threads) {

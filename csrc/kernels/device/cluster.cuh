@@ -83,20 +83,14 @@ __device__ __forceinline__ uint64_t load_cluster_u64(uint32_t address) {
 #undef VC_SHARED_CLUSTER
 
 // One thread copies `bytes` (a multiple of 16) of this block's shared memory to `dst` of another block, whose `barrier`
-// counts them; both addresses are from map_to_rank. What ordinary stores wrote to src needs fence_for_copies in the
-// writing thread first. src is free again when the other block has seen its barrier complete, and says so.
+// counts them; both addresses are from map_to_rank. What ordinary stores wrote to src needs fence_for_async_proxy in
+// the writing thread first. src is free again when the other block has seen its barrier complete, and says so.
 __device__ __forceinline__ void copy_to_rank(uint32_t dst, uint32_t src, int bytes, uint32_t barrier) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   asm volatile(
       "cp.async.bulk.shared::cluster.shared::cta.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(dst),
       "r"(src), "r"(bytes), "r"(barrier)
       : "memory");
-#endif
-}
-
-__device__ __forceinline__ void fence_for_copies() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 #endif
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // From the states of warps to outputs. A block's warps leave their states of a unit in shared memory; the block merges
 // them. If the unit lies in the block's run as a whole, that is the output; else the merged state goes to memory, and a
-// second kernel, launched dependently, merges the states of such units.
+// second kernel, launched dependently, merges the states of such units (PartialStates): that of row i of unit u from
+// block b lies at index (b + u) * kItemRows + i.
 //
 // Order: a block's warps by number; the states of a unit in key order, in runs of equal length if several warps share
 // them, then the runs. All of it is fixed by the lengths, the counts of rows and heads and the number of
@@ -16,20 +17,6 @@
 #include "shared_memory.cuh"
 
 namespace vericache::cuda {
-
-// States of units cut by a block's end: that of row i of unit u from block b at index (b + u) * kItemRows + i.
-struct QuantStates {
-  float* o;    // [count, head_dim]
-  float2* ml;  // [count]: reference (log2 units, -inf if there is no key), sum of weights
-
-  static size_t bytes(int64_t count, int head_dim) {
-    return size_t(count) * (head_dim * sizeof(float) + sizeof(float2));
-  }
-  static QuantStates at(void* memory, int64_t count, int head_dim) {
-    float* o = static_cast<float*>(memory);
-    return {o, reinterpret_cast<float2*>(o + count * head_dim)};
-  }
-};
 
 // Some channels of a state, and sums of such.
 template <int kChannels>
@@ -103,8 +90,8 @@ struct QuantUnit {
 
 // By all threads of the block. `deposits`: kStateBytes a warp, of the warps in `present`.
 template <class Shape>
-__device__ __forceinline__ void merge_warps(const QuantAttentionParams& p, const QuantStates& states,
-                                            const QuantUnit& unit, const unsigned char* deposits, uint32_t present) {
+__device__ __forceinline__ void merge_deposits(const QuantAttentionParams& p, const PartialStates& states,
+                                               const QuantUnit& unit, const unsigned char* deposits, uint32_t present) {
   constexpr int kPieces = Shape::kHeadDim / 4;
   for (int task = threadIdx.x; task < unit.rows * kPieces; task += int(blockDim.x)) {
     const int row = task / kPieces, piece = task % kPieces;
@@ -160,7 +147,7 @@ __device__ __forceinline__ QuantStateRun states_of(const QuantAttentionParams& p
 
 struct QuantMergeArgs {
   QuantAttentionParams p;
-  QuantStates states;
+  PartialStates states;
   int blocks, item_rows, tail_tokens;  // of the kernel that makes the states
 };
 

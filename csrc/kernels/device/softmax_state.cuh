@@ -132,9 +132,9 @@ inline int merge_warps(int splits) { return splits <= 4 * kMergeGroup ? 4 : 8; }
 
 // out[row, head] = merged state of its splits. Grid: (q_heads, rows); block: kWarps warps, warp w takes the groups
 // w, w + kWarps, ... of splits. `out` is bf16. Idle rows, and rows without a visible key, come out as zeros.
-// Runs::states(row, head) says which states those are (a StateRun, empty for an idle row). If Runs::kFromInputs, it
-// reads only what was there before the kernel that wrote the states began, so it need not wait for that kernel's end:
-// a kernel that launches the merge has itself waited for all before it (let_next_kernel_start comes after its wait).
+// Runs::states(row, head) says which states those are (a StateRun, empty for an idle row). It reads only what was there
+// before the kernel that wrote the states began, so it need not wait for that kernel's end: a kernel that launches the
+// merge has itself waited for all before it (let_next_kernel_start comes after its wait).
 template <int kHeadDim, int kWarps, class Runs>
 __global__ void __launch_bounds__(32 * kWarps)
     merge_states_kernel(const __grid_constant__ Runs runs, PartialStates partial, uint16_t* out) {
@@ -144,13 +144,11 @@ __global__ void __launch_bounds__(32 * kWarps)
   __shared__ float group_l[kWarps];
   const int head = int(blockIdx.x), row = int(blockIdx.y), q_heads = int(gridDim.x);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  StateRun run;
-  if constexpr (Runs::kFromInputs) run = runs.states(row, head);
+  const StateRun run = runs.states(row, head);
   // Before the wait: the kernel after may fill its memory while the states are still being made. It waits for this one,
   // hence for the one that makes them, whose wait was over before this one began.
   let_next_kernel_start();
   wait_for_previous_kernel();
-  if constexpr (!Runs::kFromInputs) run = runs.states(row, head);
   MergeGroup<kHeadDim> group;
   const float largest =
       merge_reference(partial, run, lane, [&]() { group.load(partial, run, warp * kMergeGroup, lane); });
@@ -189,10 +187,9 @@ __global__ void __launch_bounds__(32 * kRowWarps)
   const int row = index / q_heads, head = index % q_heads;
   StateRun run;
   let_next_kernel_start();  // as above
-  if (Runs::kFromInputs && row < rows) run = runs.states(row, head);
+  if (row < rows) run = runs.states(row, head);
   wait_for_previous_kernel();
   if (row >= rows) return;
-  if constexpr (!Runs::kFromInputs) run = runs.states(row, head);
 
   int begin = run.begin / kMergeGroup * kMergeGroup;
   MergeGroup<kHeadDim> group;

@@ -528,7 +528,6 @@ template <class Keys>
 struct RowSplits {
   typename Keys::Params p;
   int max_splits;
-  static constexpr bool kFromInputs = true;
 
   __device__ StateRun states(int row, int head) const {
     int lo = 0, hi = p.requests;
@@ -563,6 +562,8 @@ void launch_split_attention(const typename Keys::Params& p, int max_splits, cuda
   constexpr int kHandedOutFrom = 4;  // items a block from which the counter pays for its reset
   constexpr auto kernel = split_attention_kernel<Keys, Shape>;
   const DeviceInfo info = device_info();
+  VC_CHECK(p.q_stride_row % 2 == 0 && p.q_stride_head % 2 == 0 && reinterpret_cast<uintptr_t>(p.q) % 4 == 0,
+           "q has strides ", p.q_stride_row, ", ", p.q_stride_head, " or an odd address; it must be 4-byte aligned.");
   const int ring = AttentionSmem<Shape>::template ring<Keys>(p.requests, p.kv_heads);
   const int slots = std::min(Shape::kMaxSlots, (info.smem_optin - ring) / Shape::kSlotBytes);
   VC_CHECK(slots >= 2, p.requests, " requests leave no shared memory for the attention kernel; use fewer a batch.");

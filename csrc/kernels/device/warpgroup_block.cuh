@@ -118,7 +118,7 @@ struct WarpgroupBlock {
     const uint32_t pad = base - smem_address(smem);
     auto* q = reinterpret_cast<uint4*>(smem + pad + Smem::kQ);
     for (int i = threadIdx.x; i < Shape::kQRows * Shape::kHeadDim / 8; i += int(blockDim.x)) q[i] = uint4{};
-    fence_for_wgmma();  // the copy engine writes there next
+    fence_for_async_proxy();  // the copy engine writes there next
   }
 
   __device__ void produce() const;
@@ -177,8 +177,8 @@ struct WarpgroupBlock {
       record.end = end_token(work, span);
       record.tight_lo = Keys::row_range(p, span, work.request, schedule.last_pos[work.request]).x;
       record.tight_hi = Keys::row_range(p, span, work.request, schedule.first_pos[work.request]).y;
-      mbarrier_expect(base + Smem::kQFull,
-                      boxes * group * 128);  // some may have come: the phase waits for this arrival
+      // Some of the bytes may have come before they are announced: the phase waits for this arrival.
+      mbarrier_expect(base + Smem::kQFull, boxes * group * 128);
     }
   }
 
@@ -198,7 +198,7 @@ struct WarpgroupBlock {
     }
     cp_async_commit();
     cp_async_wait<0>();
-    fence_for_wgmma();
+    fence_for_async_proxy();
     __syncwarp();
   }
 };

@@ -245,7 +245,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     float rescale[2] = {1.f, 1.f};
     int summed = -1;  // the slot that the sums under way read
     const auto end_sums = [&]() {
-      wgmma_wait_pending<0>();
+      wgmma_wait();
       wgmma_settle(o);
       if (summed >= 0) release(summed);
     };
@@ -270,7 +270,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     take_turn();
     issue_scores(ring.slot);
     pass_turn();
-    wgmma_wait_pending<0>();
+    wgmma_wait();
     weigh_scores();
     for (token += kTileTokens; token < end; token += kTileTokens) {
       end_sums();
@@ -285,7 +285,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
       if (!kTakeTurns) mbarrier_wait(full + 8 * summed, sums_parity);
       issue_sums(summed, weights);
       pass_turn();
-      wgmma_wait_pending<1>();  // the scores
+      wgmma_wait<1>();  // the scores
       weigh_scores();
     }
     end_sums();

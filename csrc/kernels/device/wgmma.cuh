@@ -8,7 +8,7 @@
 // 8 j + 2 t, + 1; in d[4 j + 2, 3] row 16 w + g + 8.
 //
 // Order: between fence and wait the accumulators belong to the instruction. What ordinary stores or cp.async wrote to
-// shared memory is seen after fence_for_wgmma in the writing thread and a barrier.
+// shared memory is seen after fence_for_async_proxy in the writing thread and a barrier.
 #pragma once
 
 #include <cstdint>
@@ -21,10 +21,9 @@ namespace vericache::cuda {
 #define VC_WGMMA(...) (void)0
 #endif
 
-__device__ __forceinline__ void fence_for_wgmma() { VC_WGMMA("fence.proxy.async.shared::cta;" :: : "memory"); }
 __device__ __forceinline__ void wgmma_begin() { VC_WGMMA("wgmma.fence.sync.aligned;" :: : "memory"); }
 __device__ __forceinline__ void wgmma_commit() { VC_WGMMA("wgmma.commit_group.sync.aligned;" :: : "memory"); }
-// Waits until at most `kPending` of the warpgroup's latest groups are unfinished.
+// Waits until at most `kPending` of the warpgroup's latest groups are unfinished. Then wgmma_settle what it waited for.
 template <int kPending = 0>
 __device__ __forceinline__ void wgmma_wait() {
   VC_WGMMA("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");

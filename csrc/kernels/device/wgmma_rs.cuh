@@ -24,14 +24,6 @@
 
 namespace vericache::cuda {
 
-// Waits until at most kPending of the latest committed groups are unfinished. Then wgmma_settle what it waited for.
-template <int kPending>
-__device__ __forceinline__ void wgmma_wait_pending() {
-#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
-#endif
-}
-
 // The low half of wgmma_operand: it alone differs between tiles, and offsets are added to it.
 __device__ __forceinline__ uint32_t wgmma_operand_low(uint32_t address) { return uint32_t(wgmma_operand(address)); }
 
