@@ -112,10 +112,7 @@ class BitwiseAttention {
   bool control_noticed() {
     int64_t page;
     VC_CUDA_CHECK(cudaMemcpy(&page, table_.get(), 8, cudaMemcpyDeviceToHost));
-    std::vector<uint16_t> key(kHeads.head_dim);
-    VC_CUDA_CHECK(cudaMemcpy(key.data(), reinterpret_cast<void*>(page), key.size() * 2, cudaMemcpyDeviceToHost));
-    for (auto& element : key) element ^= 0x80;
-    VC_CUDA_CHECK(cudaMemcpy(reinterpret_cast<void*>(page), key.data(), key.size() * 2, cudaMemcpyHostToDevice));
+    change_key(reinterpret_cast<void*>(page), kHeads.head_dim);
     decode_alone(0, kRows - 1, out_);
     const size_t row = at(0, kRows - 1);
     return differences(out_.get<Element>() + row, alone_.get<Element>() + row, nullptr, 1,

@@ -22,6 +22,15 @@ struct Heads {
   float scale() const { return 1.f / std::sqrt(float(head_dim)); }
 };
 
+// Makes a key half as long or twice as long in each channel: for controls, which must notice it. One channel alone can
+// vanish in the rounding of the output.
+inline void change_key(void* key, int head_dim) {
+  std::vector<uint16_t> elements(head_dim);
+  VC_CUDA_CHECK(cudaMemcpy(elements.data(), key, elements.size() * 2, cudaMemcpyDeviceToHost));
+  for (auto& element : elements) element ^= 0x80;
+  VC_CUDA_CHECK(cudaMemcpy(key, elements.data(), elements.size() * 2, cudaMemcpyHostToDevice));
+}
+
 // Pages of a pool in random order.
 inline std::vector<int64_t> scattered(const Buffer& pool, size_t page_bytes, size_t count, unsigned seed) {
   std::vector<int64_t> pages(count);

@@ -154,12 +154,10 @@ template <int kHeadDim>
 void launch_for(const KeptParams& p, cudaStream_t stream) {
   const int64_t item_rows = int64_t(p.rows) * (p.q_heads / p.kv_heads);  // of all requests
   if (device_info().hopper) {
-    if (item_rows > 8 * int64_t(p.requests))
-      launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 64>>(p, p.max_splits, stream);
-    else if (p.pieces > 0)
-      launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 8, 1>>(p, p.max_splits, stream);
+    if (item_rows <= 8 * int64_t(p.requests))
+      launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 8>>(p, p.max_splits, stream);
     else
-      launch_few_rows<KeptKeys, kHeadDim>(p, p.max_splits, stream);
+      launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 64>>(p, p.max_splits, stream);
     return;
   }
   if (item_rows <= 16 * int64_t(p.requests))

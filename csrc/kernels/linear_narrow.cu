@@ -137,7 +137,7 @@ __device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[2]
   for (int i = 0; i < kRows / 2; ++i) acc[0][i] = acc[1][i] = 0.0f;
   const uint64_t next_x = args.box_tokens * (kRowBytes / 16);  // from chunk to chunk
   constexpr uint64_t kNextW = kRows * (kRowBytes / 16);
-  BarrierSlot slot;
+  RingCursor cursor;
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
     const int chunks = args.begin[rank * kGroup + g + 1] - args.begin[rank * kGroup + g];
@@ -145,8 +145,8 @@ __device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[2]
     wgmma_settle(now);
     int held = -1;  // the stage whose steps may still run
     for (int chunk = 0; chunk < chunks; chunk += kChunks) {
-      mbarrier_wait(full + 8 * slot.index, slot.parity);
-      const uint32_t stage = ring + slot.index * args.stage_bytes;
+      mbarrier_wait(full + 8 * cursor.slot, cursor.parity);
+      const uint32_t stage = ring + cursor.slot * args.stage_bytes;
       const uint64_t x = wgmma_operand(stage), w = wgmma_operand(stage + args.x_bytes);
       const auto steps = [&](int c) {
 #pragma unroll
@@ -167,9 +167,9 @@ __device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[2]
       }
       wgmma_wait<1>();
       if (held >= 0) give_back(held);
-      held = slot.index;
-      slot.advance(args.stages);
-      if (!__all_sync(0xffffffffu, mbarrier_done_now(full + 8 * slot.index, slot.parity))) {
+      held = cursor.slot;
+      cursor.next(args.stages);
+      if (!__all_sync(0xffffffffu, mbarrier_done_now(full + 8 * cursor.slot, cursor.parity))) {
         wgmma_wait();
         give_back(held);
         held = -1;
@@ -267,10 +267,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   float* sums = reinterpret_cast<float*>(smem);
   if (warp >= kMultiplying / 32) {
     if (threadIdx.x == kMultiplying) {
-      for (BarrierSlot slot; !copier.done(); copier.advance(), slot.advance(args.stages)) {
-        while (!mbarrier_done(empty + 8 * slot.index, slot.parity)) {
+      for (RingCursor cursor; !copier.done(); copier.advance(), cursor.next(args.stages)) {
+        while (!mbarrier_done(empty + 8 * cursor.slot, cursor.parity)) {
         }
-        copier.copy(slot.index, true, true);
+        copier.copy(cursor.slot, true, true);
       }
     }
     __syncwarp();
@@ -292,7 +292,9 @@ __global__ void __launch_bounds__(kThreads, 2)
       __syncwarp();
     }
   }
-  __syncthreads();  // the own sums are written
+  // The own sums are written. A barrier of its own, for idle warps come here while others still leave the first one,
+  // and racecheck would take the one for the other.
+  named_barrier(2, kThreads);
   if (!kAlone) {
     mbarrier_wait(arrived, 0);
     cluster_arrive();  // what the others sent has been received

@@ -72,7 +72,7 @@ void launch_for(const PagedAttentionParams& p, cudaStream_t stream) {
   const int64_t item_rows = int64_t(p.rows) * (p.q_heads / p.kv_heads);  // of all requests
   if (device_info().hopper) {
     if (item_rows <= 8 * int64_t(p.requests))
-      launch_few_rows<PagedKeys, kHeadDim>(p, max_splits(p), stream);
+      launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 8>>(p, max_splits(p), stream);
     else if (item_rows <= 64 * int64_t(p.requests))
       launch_warpgroup_attention<PagedKeys, WarpgroupShape<kHeadDim, 64>>(p, max_splits(p), stream);
     else

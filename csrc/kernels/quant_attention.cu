@@ -30,14 +30,6 @@ struct QuantArgs {
   PartialStates states;
 };
 
-// Page tables into the L2, shared out over the grid: addresses are looked up once the line is built.
-__device__ __forceinline__ void prefetch_tables(const QuantAttentionParams& p) {
-  constexpr int kLine = 128 / int(sizeof(int64_t));
-  const int lines = (p.max_quant_pages + kLine - 1) / kLine;
-  for (int i = int(blockIdx.x * blockDim.x + threadIdx.x); i < p.requests * lines; i += int(gridDim.x * blockDim.x))
-    prefetch_l2(p.quant_table + i / lines * p.quant_stride_request + i % lines * kLine);
-}
-
 // The warps whose turns are `count` tiles of a run from its tile `first` on, one bit each.
 __device__ __forceinline__ uint32_t turns(int first, int count, int warps) {
   const uint32_t all = (1u << warps) - 1, some = (1u << min(count, warps)) - 1;
@@ -51,7 +43,6 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
   const QuantAttentionParams& p = args.p;
   unsigned char* smem = dynamic_smem();
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, group = p.q_heads / p.kv_heads;
-  prefetch_tables(p);
   QuantLine line;
   line.place(reinterpret_cast<int*>(smem), p.requests, int(gridDim.x));
   if (!p.tables_settled) wait_for_previous_kernel();

@@ -57,13 +57,13 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
   __syncwarp();
 }
 
-// A place in a ring of stages that have a barrier each, and the parity of that barrier's phase.
-struct BarrierSlot {
-  int index = 0;
+// A place in a ring of slots that have a barrier each, and the parity of that barrier's phase.
+struct RingCursor {
+  int slot = 0;
   uint32_t parity = 0;
-  __device__ __forceinline__ void advance(int stages) {
-    if (++index < stages) return;
-    index = 0;
+  __device__ __forceinline__ void next(int slots) {
+    if (++slot < slots) return;
+    slot = 0;
     parity ^= 1;
   }
 };

@@ -65,10 +65,10 @@ struct PartialStates {
   }
 };
 
-// The states of one row and head: indexes first + s * stride, begin <= s < end, in key order.
+// The states of one row and head: indexes first + s, begin <= s < end, in key order.
 struct StateRun {
   int64_t first = 0;
-  int stride = 1, begin = 0, end = 0;
+  int begin = 0, end = 0;
 };
 
 inline constexpr int kMergeGroup = 8;  // splits
@@ -80,28 +80,29 @@ struct MergeGroup {
   struct alignas(4 * kPer) Channels {
     float at[kPer];
   };
-  float2 ml[kMergeGroup];
+  float2 ml;  // of split begin + lane % 8
   Channels values[kMergeGroup];
 
   // Splits begin .. begin + 7, as far as the run has them. All loads are independent.
   __device__ __forceinline__ void load(const PartialStates& partial, const StateRun& run, int begin, int lane) {
+    const auto has = [&](int s) { return s >= run.begin && s < run.end; };
+    const int own = begin + lane % kMergeGroup;
+    ml = has(own) ? partial.ml[run.first + own] : make_float2(negative_infinity(), 0.f);
 #pragma unroll
     for (int i = 0; i < kMergeGroup; ++i) {
-      const int s = begin + i;
-      const bool mine = s >= run.begin && s < run.end;
-      const int64_t at = run.first + int64_t(s) * run.stride;
-      ml[i] = mine ? partial.ml[at] : make_float2(negative_infinity(), 0.f);
-      values[i] = mine ? reinterpret_cast<const Channels*>(partial.o + at * kHeadDim)[lane] : Channels{};
+      const int64_t at = run.first + begin + i;
+      values[i] = has(begin + i) ? reinterpret_cast<const Channels*>(partial.o + at * kHeadDim)[lane] : Channels{};
     }
   }
   __device__ __forceinline__ void sum(float largest, float& l, float (&o)[kPer]) const {
+    const float own_weight = fast_exp2(__fsub_rn(ml.x, largest));
     l = 0.f;
 #pragma unroll
     for (int j = 0; j < kPer; ++j) o[j] = 0.f;
 #pragma unroll
     for (int i = 0; i < kMergeGroup; ++i) {
-      const float weight = fast_exp2(__fsub_rn(ml[i].x, largest));
-      l = __fmaf_rn(ml[i].y, weight, l);
+      const float weight = __shfl_sync(0xffffffffu, own_weight, i);
+      l = __fmaf_rn(__shfl_sync(0xffffffffu, ml.y, i), weight, l);
 #pragma unroll
       for (int j = 0; j < kPer; ++j) o[j] = __fmaf_rn(values[i].at[j], weight, o[j]);
     }
@@ -112,9 +113,7 @@ struct MergeGroup {
 template <class Meanwhile>
 __device__ __forceinline__ float merge_reference(const PartialStates& partial, const StateRun& run, int lane,
                                                  const Meanwhile& meanwhile) {
-  const auto m = [&](int s) {
-    return s < run.end ? partial.ml[run.first + int64_t(s) * run.stride].x : negative_infinity();
-  };
+  const auto m = [&](int s) { return s < run.end ? partial.ml[run.first + s].x : negative_infinity(); };
   float largest = m(run.begin + lane);
   const float other = m(run.begin + lane + 32);
   meanwhile();

@@ -85,17 +85,6 @@ __device__ __forceinline__ uint32_t swizzled(uint32_t base, int row, int row_byt
   return base + uint32_t(row * row_bytes + ((chunk ^ (row & 7)) << 4));
 }
 
-struct RingCursor {
-  int slot = 0;
-  uint32_t parity = 0;
-  __device__ __forceinline__ void next(int slots) {
-    if (++slot == slots) {
-      slot = 0;
-      parity ^= 1;
-    }
-  }
-};
-
 template <class Keys, class Shape>
 struct AttentionBlock {
   using Smem = AttentionSmem<Shape>;
@@ -541,7 +530,7 @@ struct RowSplits {
     const Span span = Keys::span(p, lo, head / (p.q_heads / p.kv_heads), position, position);
     const int2 range = Keys::row_range(p, span, lo, position);
     if (range.y <= range.x) return {};
-    return {(int64_t(row) * p.q_heads + head) * max_splits, 1, splits.of(range.x), splits_for(splits, range.y)};
+    return {(int64_t(row) * p.q_heads + head) * max_splits, splits.of(range.x), splits_for(splits, range.y)};
   }
 };
 

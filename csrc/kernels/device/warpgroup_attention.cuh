@@ -33,7 +33,7 @@
 namespace vericache::cuda {
 
 template <class Keys, class Shape>
-__global__ void __launch_bounds__(Shape::kBoundThreads, Shape::kBlocks)
+__global__ void __launch_bounds__(Shape::kBoundThreads, 1)
     warpgroup_attention_kernel(const __grid_constant__ WarpgroupArgs<Keys> args) {
 #if VERICACHE_HAS_WGMMA
   WarpgroupBlock<Keys, Shape> block(args, dynamic_smem());
@@ -84,7 +84,7 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
            " requests leave no shared memory for the attention kernel; use fewer a batch.");
   const int group = p.q_heads / p.kv_heads;
   const int64_t bound = (int64_t(p.rows) * group / Shape::kRows + p.requests) * p.kv_heads * max_splits;
-  const int grid = int(std::min<int64_t>(info.multiprocessors * Shape::kBlocks, std::max<int64_t>(bound, 1)));
+  const int grid = int(std::min<int64_t>(info.multiprocessors, std::max<int64_t>(bound, 1)));
 
   const int64_t states = int64_t(p.rows) * p.q_heads * max_splits;
   const auto partial = PartialStates::at(p.workspace, states, Shape::kHeadDim);
@@ -108,16 +108,6 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
                           fits ? kDropLast : kDropAsUsual, q_boxes, maps[boxes_of_tiles], q_maps[q_boxes ? group : 0]});
   launch_merge<Shape::kHeadDim>(RowSplits<Keys>{p, max_splits}, max_splits, p.rows, p.q_heads, partial, p.out, info,
                                 stream);
-}
-
-// Rows that fit a block of 8. Of two blocks a multiprocessor one hides what the other waits for; but 8 KV heads alone
-// have so few items that the second block would only take its share of the first one's memory. Enters no bits.
-template <class Keys, int kHeadDim>
-void launch_few_rows(const typename Keys::Params& p, int max_splits, cudaStream_t stream) {
-  if (int64_t(p.requests) * p.kv_heads >= 32)
-    launch_warpgroup_attention<Keys, WarpgroupShape<kHeadDim, 8, 2>>(p, max_splits, stream);
-  else
-    launch_warpgroup_attention<Keys, WarpgroupShape<kHeadDim, 8, 1>>(p, max_splits, stream);
 }
 
 }  // namespace vericache::cuda

@@ -11,24 +11,24 @@
 namespace vericache::cuda {
 
 // kRows: item rows a block takes at a time; 8 where requests have so few, 64 and 128 with one and two warpgroups. With
-// 8 the rows g + 8 of a warp's fragments are nobody's, and warps 1 to 3 have none at all. kBlocks: blocks a
-// multiprocessor; of two, one keeps the memory busy while the other begins or ends an item.
-template <int kHeadDim_, int kRows_, int kBlocks_ = 1>
+// 8 the rows g + 8 of a warp's fragments are nobody's, and warps 1 to 3 have none at all.
+template <int kHeadDim_, int kRows_>
 struct WarpgroupShape {
   static constexpr int kHeadDim = kHeadDim_, kRows = kRows_, kHalves = kRows == 8 ? 1 : 2;
-  static constexpr int kWarpgroups = kRows == 128 ? 2 : 1, kBlocks = kBlocks_;
+  static constexpr int kWarpgroups = kRows == 128 ? 2 : 1;
   static constexpr int kQRows = kRows == 8 ? 16 : kRows;
   static constexpr int kConsumerWarps = 4 * kWarpgroups, kProducerWarps = 4;
   static constexpr int kThreads = 32 * (kConsumerWarps + kProducerWarps);
   static constexpr int kParts = kHeadDim / 64, kPartBytes = kTileTokens * 128;
   static constexpr int kSlotBytes = kParts * kPartBytes;
-  static constexpr int kSlots = (kBlocks == 2 ? 96 : 160) * 1024 / kSlotBytes;
+  // Memory reads slower the more is asked of it beyond what it takes to keep it busy (64 KB a multiprocessor on an
+  // H100); two warpgroups, which hold a slot longer, need more.
+  static constexpr int kSlots = (kWarpgroups == 2 ? 160 : 128) * 1024 / kSlotBytes;
   static_assert(kSlots % 2 == 0);  // K in even slots, V in odd ones
-  // Registers a thread at the start are those of 384 threads a multiprocessor where one block with one warpgroup runs,
-  // so that the merge's blocks find room beside it.
-  static constexpr int kBoundThreads = kBlocks == 2 ? kThreads : 384;
-  static constexpr int kConsumerRegisters = kBlocks == 1 ? 200 : kHeadDim == 128 ? 176 : 144;
-  static constexpr int kProducerRegisters = kBlocks == 2 ? 256 - kConsumerRegisters : kWarpgroups == 2 ? 104 : 120;
+  // Registers a thread at the start are those of 384 threads a multiprocessor, so that the merge's blocks find room
+  // beside a block with one warpgroup.
+  static constexpr int kBoundThreads = 384;
+  static constexpr int kConsumerRegisters = 200, kProducerRegisters = kWarpgroups == 2 ? 104 : 120;
 };
 
 // Items handed out beyond the first of each block, counted in the workspace, whose contents are unknown before a
