@@ -15,8 +15,8 @@
 // Grid: a block, or a cluster of two, for each tile. Block: warpgroup 0 multiplies; one thread of warpgroup 1 copies;
 // both add and write. Shared memory: a ring of stages, each one chunk of 64 k (pairs) or four, x [tokens][64] of them
 // all, then w [kRows][64], in the layout of device/wgmma.cuh; at the end, over the ring, the sums (Shares below); then
-// a barrier "full" and a barrier "empty" for each stage, and one for the sums that arrive. A block takes all of a
-// multiprocessor's shared memory where each can have its own, else half.
+// a barrier "full" and a barrier "empty" for each stage, and one for the sums, a block's own and those that come
+// from the other. A block takes all of a multiprocessor's shared memory where each can have its own, else half.
 //
 // A stage is given back when the steps that read it are done, and the next stage's steps start before that if it has
 // landed; if not, it is not waited for while this one is held back.
@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kThreads, 2)
       mbarrier_init(full + 8 * s, 1);
       mbarrier_init(empty + 8 * s, kMultiplying / 32);
     }
-    mbarrier_init(arrived, 1);
+    mbarrier_init(arrived, kMultiplying + (kAlone ? 0 : 1));
     mbarrier_init_fence();
     if (!kAlone) mbarrier_expect(arrived, (S::kSums - S::sums(rank)) * slices * 16 * S::pitch(rank) * 4);
     prefetch_map(x_map);
@@ -284,6 +284,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     named_barrier(1, kMultiplying);  // the whole ring has been used
     if (!kAlone) cluster_arrive();   // and may be overwritten by the others
     if (warp < slices) spill<kRows, kGroup>(acc, sums, rank);
+    mbarrier_arrive(arrived);
     if (!kAlone) {
       fence_for_async_proxy();
       __syncwarp();
@@ -292,13 +293,8 @@ __global__ void __launch_bounds__(kThreads, 2)
       __syncwarp();
     }
   }
-  // The own sums are written. A barrier of its own, for idle warps come here while others still leave the first one,
-  // and racecheck would take the one for the other.
-  named_barrier(2, kThreads);
-  if (!kAlone) {
-    mbarrier_wait(arrived, 0);
-    cluster_arrive();  // what the others sent has been received
-  }
+  mbarrier_wait(arrived, 0);      // the sums are here
+  if (!kAlone) cluster_arrive();  // what the others sent has been received
 
   const int first = S::begin(rank), pitch = S::pitch(rank);
   const auto total = [&](int token, int row) {
