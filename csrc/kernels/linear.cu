@@ -56,6 +56,7 @@ constexpr int kMaxStages = 8, kMaxThreads = 512;
 constexpr int kRopeRun = 32;             // pairs of a head a tile, with linear_rope_write
 constexpr int kPad = 4;                  // floats after each token of a float32 tile: no bank conflicts
 constexpr int kSharedSmem = 113 * 1024;  // of a block that leaves room for another
+constexpr int kStreamSmem = 176 * 1024;  // of a block that does not: more on its way slows memory
 
 struct WgmmaArgs {
   LinearParams p;
@@ -66,6 +67,7 @@ struct WgmmaArgs {
   int items;  // tiles * token_blocks; token block fastest, so that blocks that run together share their w
   int stages, stage_bytes, w_bytes, barriers;  // barriers: their offset in shared memory
   bool wide;                                   // bias, residual and out can be accessed 4 elements at a time
+  uint64_t w_policy;                           // of device/tensor_map.cuh
   bool has_rope;                               // linear_rope_write
   int head_runs_log2;                          // RopeTile<kRopeRun>::make
   RopeWriteParams rope;
@@ -211,10 +213,10 @@ struct BoxLoader {
     for (int c = 0; c < kChunks; ++c) {
       const int k = (first_chunk + kb * kChunks + c) * kChunkK;
       const uint32_t w_dst = stage + c * args.rows * kRowBytes;
-      if (w && args.p.swiglu) copy_halves(w_dst, w_map, k, n0 / 2, barrier);
-      if (w && args.has_rope) copy_heads(w_dst, w_map, k, heads.first_pair, heads.first_head, barrier);
-      if (w && !args.p.swiglu && !args.has_rope) copy_box(w_dst, w_map, k, n0, barrier);
-      if (x) copy_box(stage + args.w_bytes + c * kTokens * kRowBytes, x_map, k, token0, barrier);
+      if (w && args.p.swiglu) copy_halves(w_dst, w_map, k, n0 / 2, barrier, args.w_policy);
+      if (w && args.has_rope) copy_heads(w_dst, w_map, k, heads.first_pair, heads.first_head, barrier, args.w_policy);
+      if (w && !args.p.swiglu && !args.has_rope) copy_box(w_dst, w_map, k, n0, barrier, args.w_policy);
+      if (x) copy_box(stage + args.w_bytes + c * kTokens * kRowBytes, x_map, k, token0, barrier, kDropAsUsual);
     }
   }
 
@@ -323,7 +325,7 @@ void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
   args.stage_bytes = args.w_bytes + kChunks * kTokens * kRowBytes;
   // The last wgmma of a stage reads 64 rows though the tile may end sooner; what it reads there is not used.
   const int extra = std::max(0, 64 * groups - args.rows - kChunks * kTokens) * kRowBytes;
-  const int budget = kSplit && kTokens <= 64 ? std::min(kSharedSmem, info.smem_optin) : info.smem_optin;
+  const int budget = std::min(info.smem_optin, kTokens > 64 ? info.smem_optin : kSplit ? kSharedSmem : kStreamSmem);
   args.stages = std::min(kMaxStages, (budget - extra - kMaxStages * 8) / args.stage_bytes);
   // Two chunks a stage if that leaves three stages, or two with all of the shared memory: what was fastest.
   if constexpr (kChunks > 1) {
@@ -358,6 +360,7 @@ void linear_hopper(const LinearParams& p, const RopeWriteParams* rope, const Dev
   for (int i = 0; i <= plan.splits; ++i) args.begin[i] = plan.part_begin(i);
   args.rows = rope ? plan.rope_rows() : p.swiglu ? plan.swiglu_rows() : plan.rows;
   args.wide = can_access_wide(p);
+  args.w_policy = w_policy(p);
   const int tokens = p.rows <= 8 ? 8 : p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : p.rows <= 64 ? 64 : 128;
   args.token_blocks = (p.rows + tokens - 1) / tokens;
   int tiles = (p.n + args.rows - 1) / args.rows;

@@ -61,6 +61,7 @@ struct NarrowArgs {
   int box_tokens;                              // that are copied: 8, 16, 32 or 64
   int stages, stage_bytes, x_bytes, barriers;  // barriers: their offset in shared memory
   bool wide;                                   // bias, residual and out can be accessed 4 elements at a time
+  uint64_t w_policy;                           // of device/tensor_map.cuh
   int head_runs_log2;                          // RopeTile::make
   RopeWriteParams rope;
 };
@@ -111,9 +112,9 @@ struct StageCopier {
     for (int c = 0; c < kChunks; ++c) {
       const int k = (chunk + c) * kChunkK;
       const uint32_t w_dst = stage + args.x_bytes + c * kRows * kRowBytes;
-      if (w && kRope) copy_heads(w_dst, w_map, k, heads.first_pair, heads.first_head, barrier);
-      if (w && !kRope) copy_box(w_dst, w_map, k, tile * kRows, barrier);
-      if (x) copy_box(stage + c * args.box_tokens * kRowBytes, x_map, k, 0, barrier);
+      if (w && kRope) copy_heads(w_dst, w_map, k, heads.first_pair, heads.first_head, barrier, args.w_policy);
+      if (w && !kRope) copy_box(w_dst, w_map, k, tile * kRows, barrier, args.w_policy);
+      if (x) copy_box(stage + c * args.box_tokens * kRowBytes, x_map, k, 0, barrier, kDropAsUsual);
     }
   }
 
@@ -342,6 +343,7 @@ void launch_narrow(const LinearParams& p, const RopeWriteParams* rope, const Lin
   args.p = p;
   for (int i = 0; i <= kParts; ++i) args.begin[i] = plan.part_begin(i);
   args.wide = can_access_wide(p);
+  args.w_policy = w_policy(p);
   args.box_tokens = box_tokens;
   args.x_bytes = kChunks * box_tokens * kRowBytes;
   args.stage_bytes = args.x_bytes + kChunks * kRows * kRowBytes;

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The end of a linear kernel: bias, residual, the one rounding, the store; or SwiGLU.
+// The end of a linear kernel: bias, residual, the one rounding, the store; or SwiGLU. And what the L2 should keep for
+// it.
 #pragma once
 
 #include <cstdint>
@@ -7,8 +8,17 @@
 #include "common/params.h"
 #include "element.cuh"
 #include "silu.cuh"
+#include "tensor_map.cuh"
 
 namespace vericache::cuda {
+
+// For w, which is read once and would push x and the output out of the L2; not where blocks share it, nor where the
+// output has no room there either (logits of many rows: 3% slower).
+inline uint64_t w_policy(const LinearParams& p) {
+  constexpr int64_t kOutInL2 = int64_t(16) << 20;
+  const int64_t out_bytes = int64_t(p.rows) * p.n * (p.out_float32 ? 4 : 2);
+  return p.rows <= 128 && out_bytes <= kOutInL2 ? kDropFirst : kDropAsUsual;
+}
 
 // One output.
 __device__ __forceinline__ void finish1(const LinearParams& p, int64_t token, int n, float v) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bulk copies of rows of q, K or V that lie anywhere in device memory (sm_90), in the 128-byte swizzle of
-// device/wgmma.cuh; and what copies and stores may say to the L2.
+// device/wgmma.cuh; and a store with a policy of device/tensor_map.cuh.
 //
 // Pages are reached by raw addresses, and a tensor map has one base. So the map here describes all of the address space
 // as one tensor of rows, from address 0: what is copied is chosen by the coordinates alone, an address cut in pieces.
@@ -30,11 +30,6 @@ __host__ __device__ __forceinline__ RowPlace row_place(uint64_t address) {
   static_assert(kHeadDim * 2 == 1 << kShift);
   return {int(address >> kShift & 0x7fffffff), int(address >> (kShift + 31))};
 }
-
-// What the L2 may drop first, and last, as createpolicy.fractional encodes it. As numbers, for they are kernel
-// arguments.
-inline constexpr uint64_t kDropAsUsual = 0x1000000000000000, kDropFirst = 0x12f0000000000000,
-                          kDropLast = 0x14f0000000000000;
 
 // Copies a box to dst, a multiple of 128: the swizzle goes by the address in shared memory, not by the row of the box.
 // Its bytes count on `barrier`.

@@ -78,28 +78,35 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, int bytes) {
   VC_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
-__device__ __forceinline__ void copy_box(uint32_t dst, const CUtensorMap& map, int col, int row, uint32_t barrier) {
+// What the L2 may drop first, and last, as createpolicy.fractional encodes it. As numbers, for they are kernel
+// arguments.
+inline constexpr uint64_t kDropAsUsual = 0x1000000000000000, kDropFirst = 0x12f0000000000000,
+                          kDropLast = 0x14f0000000000000;
+
+__device__ __forceinline__ void copy_box(uint32_t dst, const CUtensorMap& map, int col, int row, uint32_t barrier,
+                                         uint64_t policy) {
   VC_SM90(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::
-          "r"(dst),
-      "l"(&map), "r"(col), "r"(row), "r"(barrier) : "memory");
+      "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
+      "%3}], [%4], %5;" ::"r"(dst),
+      "l"(&map), "r"(col), "r"(row), "r"(barrier), "l"(policy) : "memory");
 }
 
 // A box of bf16_halves_map; row: of its first half, a multiple of 8.
-__device__ __forceinline__ void copy_halves(uint32_t dst, const CUtensorMap& map, int col, int row, uint32_t barrier) {
+__device__ __forceinline__ void copy_halves(uint32_t dst, const CUtensorMap& map, int col, int row, uint32_t barrier,
+                                            uint64_t policy) {
   VC_SM90(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %4}], "
-      "[%5];" ::"r"(dst),
-      "l"(&map), "r"(col), "r"(0), "r"(row / 8), "r"(barrier) : "memory");
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
+      "%3, %3, %4}], [%5], %6;" ::"r"(dst),
+      "l"(&map), "r"(col), "r"(0), "r"(row / 8), "r"(barrier), "l"(policy) : "memory");
 }
 
 // A box of bf16_heads_map; pair: the first of each head, a multiple of 8.
 __device__ __forceinline__ void copy_heads(uint32_t dst, const CUtensorMap& map, int col, int pair, int head,
-                                           uint32_t barrier) {
+                                           uint32_t barrier, uint64_t policy) {
   VC_SM90(
-      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %3, %4, "
-      "%5}], [%6];" ::"r"(dst),
-      "l"(&map), "r"(col), "r"(0), "r"(pair / 8), "r"(head), "r"(barrier) : "memory");
+      "cp.async.bulk.tensor.5d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%2, "
+      "%3, %3, %4, %5}], [%6], %7;" ::"r"(dst),
+      "l"(&map), "r"(col), "r"(0), "r"(pair / 8), "r"(head), "r"(barrier), "l"(policy) : "memory");
 }
 
 // Fetches the map itself.
