@@ -129,6 +129,9 @@ inline void check_quant_batch(Report& report, Heads h, int bits, int rows) {
   for (int i = 0; i < 40; ++i) many.push_back({64 * (i % 7 * 5), i % 3 * 20, i % 4 ? rows : 0});
   add(many, 0);
   add({{25600, 64, rows}}, 0);
+  add({{6400, 20, rows}}, 0);  // single requests one right after another
+  add({{0, 5, rows}}, 0);
+  add({{1280, 64, rows}}, 2);
 
   double worst = 0;
   std::vector<std::vector<uint16_t>> alone;  // each call by itself

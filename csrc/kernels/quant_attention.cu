@@ -12,12 +12,14 @@
 // fit the rings are on their way before the kernel waits for the one before it, if the caller says that they are
 // settled: the merge of the call before, among others, so runs beside them.
 //
+// One request of few units takes kernels of its own (device/quant_single.cuh).
 // Other dtypes, head_dims, page and group sizes take device/simple_attention.cuh.
 #include <algorithm>
 
 #include "device/element.cuh"
 #include "device/quant_merge.cuh"
 #include "device/quant_simple.cuh"
+#include "device/quant_single.cuh"
 #include "device/shared_memory.cuh"
 #include "launchers.h"
 
@@ -68,7 +70,10 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
 #pragma unroll
     for (int i = 0; i < kStages; ++i) {
       if (next < end) {
-        if (!p.cache_settled || at[i].is_tail()) wait_for_previous_kernel();
+        if (!p.cache_settled || at[i].is_tail())
+          wait_for_previous_kernel();
+        else
+          cp_async_wait<0>();  // one tile a warp at a time: the merge of the call before needs the memory too
         copy_tile<Shape>(p, args.blob, at[i], pages[i], smem_address(ring + i * Shape::kTileBytes), lane);
       }
       cp_async_commit();
@@ -122,7 +127,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
         if (number < at.quant_tiles) {
           uint32_t weights[4][2];
           state.keys(tile, smem_address(tile), c, lane, weights);
-          state.values(tile, smem_address(tile), lane, weights);
+          state.values(tile + Shape::kQuantHalf, smem_address(tile) + Shape::kQuantHalf, lane, weights);
         } else {
           const int skipped = (number - at.quant_tiles) * Shape::kTailTokens + at.quant_tiles * kQuantTokens;
           int seen[2];
@@ -131,7 +136,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
             const int i = unit.first_item + (lane % 4 * 2 + r) % Shape::kItemRows;
             seen[r] = i < items ? p.row_position[unit.query0 + i / group] + 1 - skipped : 0;
           }
-          state.tail(tile, c, lane, line.last_pos[at.request] + 1 - skipped, seen);
+          state.tail(tile, tile + Shape::kTailHalf, c, lane, line.last_pos[at.request] + 1 - skipped, seen);
         }
         __syncwarp();  // the tile has been read
         refill(slot);
@@ -142,7 +147,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
       state.deposit(o, reinterpret_cast<float2*>(o + Shape::kItemRows * Shape::kHeadDim), lane);
     }
     __syncthreads();  // deposits are there
-    merge_deposits<Shape>(p, args.states, unit, deposits, turns(from - begin, to - from, warps));
+    merge_deposits<Shape>(p, args.states, unit, deposits, Shape::kStateBytes, turns(from - begin, to - from, warps));
     from = to;
     if (from < end) {
       at.seek(line, p, from);
@@ -193,8 +198,50 @@ void launch_quant(const QuantAttentionParams& p, cudaStream_t stream) {
   launch_quant_merge<Shape::kHeadDim>({p, states, blocks, Shape::kItemRows, Shape::kTailTokens}, info, stream);
 }
 
+// One request with few units: see quant_single.cuh. Warps and half tiles of a warp's ring, all of them asked for early.
+constexpr int single_warps(int bits) { return bits == 8 ? 8 : 12; }
+constexpr int single_halves(int bits) { return bits == 2 ? 5 : 3; }
+template <int kHeadDim, int kBits, int kGroup>
+using SingleShapeFor =
+    QuantSingleShape<QuantShape<kHeadDim, kBits, kGroup, kBits == 2 && kGroup == 32, single_warps(kBits), 1, 1>,
+                     single_halves(kBits), single_halves(kBits)>;
+
+constexpr bool has_single(int head_dim, int bits) { return head_dim == 128 && (bits == 2 || bits == 4 || bits == 8); }
+
+int64_t single_units(const QuantAttentionParams& p, int item_rows) {
+  const int64_t items = int64_t(p.rows) * (p.q_heads / p.kv_heads);
+  return (items + item_rows - 1) / item_rows * p.kv_heads;
+}
+
+template <class Shape>
+bool takes_single(const QuantAttentionParams& p) {
+  const DeviceInfo info = device_info();
+  return info.hopper_or_later && info.smem_optin >= Shape::kWarps * Shape::kBytes && p.requests == 1 &&
+         p.rows <= kSingleRows && 4 * single_units(p, Shape::kItemRows) <= info.multiprocessors &&
+         (!Shape::kPaired || pairs_groups(p));
+}
+
+template <class Shape>
+void launch_single(const QuantAttentionParams& p, cudaStream_t stream) {
+  constexpr auto kernel = quant_single_kernel<Shape>;
+  constexpr auto merge = quant_single_merge_kernel<Shape>;
+  const DeviceInfo info = device_info();
+  const auto pieces = QuantPieces::make(info.multiprocessors, int(single_units(p, Shape::kItemRows)));
+  const auto states =
+      PartialStates::at(p.workspace, max_states(p, Shape::kItemRows, info.multiprocessors), Shape::kHeadDim);
+  const QuantSingleArgs args{p, QuantBlob::make(p), states, pieces};
+  allow_all_smem<kernel>(info);
+  launch(kernel, {dim3(info.multiprocessors), dim3(32 * Shape::kWarps), size_t(Shape::kWarps * Shape::kBytes)}, info,
+         stream, args);
+  launch(merge, {dim3(p.rows * p.q_heads), dim3(32 * kMergeWarps), 0}, info, stream, args);
+}
+
 template <int kHeadDim, int kBits, int kGroup>
 void launch_group(const QuantAttentionParams& p, cudaStream_t stream) {
+  if constexpr (has_single(kHeadDim, kBits)) {
+    using Single = SingleShapeFor<kHeadDim, kBits, kGroup>;
+    if (takes_single<Single>(p)) return launch_single<Single>(p, stream);
+  }
   if constexpr (kBits == 2 && kGroup == 32) {
     if (pairs_groups(p)) return launch_quant<ShapeFor<kHeadDim, kBits, kGroup, true>>(p, stream);
   }

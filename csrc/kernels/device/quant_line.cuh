@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // How quant_attention.cu shares out its work: the tiles of all requests form one line, every block takes an equal run
-// of it.
+// of it. The units of a single request may be cut into pieces instead (quant_single.cuh).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -123,6 +123,32 @@ struct LineCursor {
     if (tile >= tiles) seek(line, p, flat);
   }
   __device__ bool is_tail() const { return tile >= quant_tiles; }
+};
+
+// Every unit has `each` blocks, the first `extra` units one more.
+struct QuantPieces {
+  int each, extra;
+
+  static QuantPieces make(int blocks, int units) { return {blocks / units, blocks % units}; }
+  __device__ int count(int unit) const { return each + (unit < extra ? 1 : 0); }
+  __device__ int first(int unit) const { return unit * each + min(unit, extra); }
+  __device__ int unit_of(int block) const {
+    return block < extra * (each + 1) ? block / (each + 1) : (block - extra) / each;
+  }
+};
+
+inline constexpr int kSingleRows = 32;  // query rows at most where a warp holds them, one a lane
+
+// The query rows and the last position of the only request; called by whole warps.
+struct QuantSpan {
+  int query0, rows, last;
+
+  static __device__ __forceinline__ QuantSpan load(const QuantAttentionParams& p, int lane) {
+    const int position = lane < p.rows ? p.row_position[lane] : -1;
+    const int query0 = p.row_offsets[0], end = p.row_offsets[1];
+    const bool own = lane >= query0 && lane < end;
+    return {query0, end - query0, __reduce_max_sync(0xffffffffu, own ? position : -1)};
+  }
 };
 
 }  // namespace vericache::cuda

@@ -2,7 +2,7 @@
 // From the states of warps to outputs. A block's warps leave their states of a unit in shared memory; the block merges
 // them. If the unit lies in the block's run as a whole, that is the output; else the merged state goes to memory, and a
 // second kernel, launched dependently, merges the states of such units (PartialStates): that of row i of unit u from
-// block b lies at index (b + u) * kItemRows + i.
+// block b lies at index (b + u) * kItemRows + i. quant_single.cuh shares the merging.
 //
 // Order: a block's warps by number; the states of a unit in key order, in runs of equal length if several warps share
 // them, then the runs. All of it is fixed by the lengths, the counts of rows and heads and the number of
@@ -88,10 +88,11 @@ struct QuantUnit {
   }
 };
 
-// By all threads of the block. `deposits`: kStateBytes a warp, of the warps in `present`.
+// By all threads of the block. `deposits`: `apart` bytes from warp to warp, of the warps in `present`.
 template <class Shape>
 __device__ __forceinline__ void merge_deposits(const QuantAttentionParams& p, const PartialStates& states,
-                                               const QuantUnit& unit, const unsigned char* deposits, uint32_t present) {
+                                               const QuantUnit& unit, const unsigned char* deposits, int apart,
+                                               uint32_t present) {
   constexpr int kPieces = Shape::kHeadDim / 4;
   for (int task = threadIdx.x; task < unit.rows * kPieces; task += int(blockDim.x)) {
     const int row = task / kPieces, piece = task % kPieces;
@@ -100,7 +101,7 @@ __device__ __forceinline__ void merge_deposits(const QuantAttentionParams& p, co
     float2 ml[Shape::kWarps];
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) {
-      const auto* at = deposits + w * Shape::kStateBytes + Shape::kItemRows * Shape::kHeadDim * 4;
+      const auto* at = deposits + w * apart + Shape::kItemRows * Shape::kHeadDim * 4;
       ml[w] = has(w) ? reinterpret_cast<const float2*>(at)[row] : make_float2(negative_infinity(), 0.f);
       sum.reference = fmaxf(sum.reference, ml[w].x);
     }
@@ -109,7 +110,7 @@ __device__ __forceinline__ void merge_deposits(const QuantAttentionParams& p, co
       if (!has(w)) continue;
       const float weight = QuantSum<4>::weight_of(ml[w].x, sum.reference);
       float o[4];
-      load_channels(o, reinterpret_cast<const float*>(deposits + w * Shape::kStateBytes) + task * 4);
+      load_channels(o, reinterpret_cast<const float*>(deposits + w * apart) + task * 4);
       sum.add(o, weight);
       sum.l = fmaf(ml[w].y, weight, sum.l);
     }
@@ -145,6 +146,68 @@ __device__ __forceinline__ QuantStateRun states_of(const QuantAttentionParams& p
           last_block - first_block + 1, false};
 }
 
+// Shared memory of the kRowWarps warps that merge a row and head.
+template <int kHeadDim, int kRowWarps>
+struct MergeParts {
+  float o[kRowWarps][kHeadDim];
+  float2 ml[kRowWarps];
+};
+
+// Merges the states of a row and head and stores the output.
+template <int kHeadDim, int kRowWarps>
+__device__ __forceinline__ void merge_states(const QuantAttentionParams& p, const PartialStates& states, int item_rows,
+                                             const QuantStateRun& run, int row, int head,
+                                             MergeParts<kHeadDim, kRowWarps>& parts) {
+  constexpr int kPer = kHeadDim / 32;             // channels a lane
+  constexpr int kBatch = kRowWarps == 1 ? 4 : 5;  // states loaded before the first is used
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int each = (run.count + kRowWarps - 1) / kRowWarps, from = warp % kRowWarps * each;
+  const int to = min(run.count, from + each);
+  QuantSum<kPer> sum;
+  for (int begin = from; begin < to; begin += kBatch) {
+    const int64_t first = run.first + int64_t(begin) * item_rows;
+    const float2* from_ml = states.ml + first;
+    const float* from_o = states.o + first * kHeadDim + lane * kPer;
+    const int count = min(kBatch, to - begin);
+    float2 ml = make_float2(negative_infinity(), 0.f);
+    if (lane < count) ml = __ldcg(from_ml + lane * item_rows);
+    float o[kBatch][kPer];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {  // all loads first: they are independent
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) o[i][j] = 0.f;
+      if (i < count) load_fresh(o[i], from_o + i * item_rows * kHeadDim);
+    }
+    float largest = fmaxf(sum.reference, ml.x);
+    for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    sum.raise(largest);
+    const float weight = sum.weight_of(ml.x, largest);
+    sum.l += warp_sum(ml.y * weight);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) sum.add(o[i], __shfl_sync(0xffffffffu, weight, i));
+  }
+  if constexpr (kRowWarps > 1) {
+#pragma unroll
+    for (int j = 0; j < kPer; ++j) parts.o[warp][lane * kPer + j] = sum.o[j];
+    if (lane == 0) parts.ml[warp] = make_float2(sum.reference, sum.l);
+    __syncthreads();
+    if (warp > 0) return;
+    float largest = sum.reference;
+#pragma unroll
+    for (int w = 1; w < kRowWarps; ++w) largest = fmaxf(largest, parts.ml[w].x);
+    sum.raise(largest);
+#pragma unroll
+    for (int w = 1; w < kRowWarps; ++w) {
+      const float weight = sum.weight_of(parts.ml[w].x, largest);
+      sum.l = fmaf(parts.ml[w].y, weight, sum.l);
+      float o[kPer];
+      load_channels(o, parts.o[w] + lane * kPer);
+      sum.add(o, weight);
+    }
+  }
+  sum.store_normalized(static_cast<uint16_t*>(p.out) + (int64_t(row) * p.q_heads + head) * kHeadDim + lane * kPer);
+}
+
 struct QuantMergeArgs {
   QuantAttentionParams p;
   PartialStates states;
@@ -162,12 +225,9 @@ inline constexpr int kMergeWarps = 4;  // of a block
 template <int kHeadDim, int kRowWarps>
 __global__ void __launch_bounds__(32 * kMergeWarps, 10)
     quant_merge_kernel(const __grid_constant__ QuantMergeArgs args) {
-  constexpr int kPer = kHeadDim / 32;             // channels a lane
-  constexpr int kBatch = kRowWarps == 1 ? 4 : 5;  // states loaded before the first is used
-  __shared__ float run_o[kRowWarps][kHeadDim];
-  __shared__ float2 run_ml[kRowWarps];
+  __shared__ MergeParts<kHeadDim, kRowWarps> parts;
   const QuantAttentionParams& p = args.p;
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
   let_next_kernel_start();  // it waits for this one's end, hence for the states
   QuantLine line;
   line.place(reinterpret_cast<int*>(dynamic_smem()), p.requests, args.blocks);
@@ -178,51 +238,7 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 10)
   wait_for_previous_kernel();
   if (run.count == 0 && !run.empty) return;  // the same for all warps of a row and head
 
-  const int each = (run.count + kRowWarps - 1) / kRowWarps, from = warp % kRowWarps * each;
-  const int to = min(run.count, from + each);
-  QuantSum<kPer> sum;
-  for (int begin = from; begin < to; begin += kBatch) {
-    const int64_t first = run.first + int64_t(begin) * args.item_rows;
-    const float2* from_ml = args.states.ml + first;
-    const float* from_o = args.states.o + first * kHeadDim + lane * kPer;
-    const int count = min(kBatch, to - begin);
-    float2 ml = make_float2(negative_infinity(), 0.f);
-    if (lane < count) ml = __ldcg(from_ml + lane * args.item_rows);
-    float o[kBatch][kPer];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {  // all loads first: they are independent
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) o[i][j] = 0.f;
-      if (i < count) load_fresh(o[i], from_o + i * args.item_rows * kHeadDim);
-    }
-    float largest = fmaxf(sum.reference, ml.x);
-    for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    sum.raise(largest);
-    const float weight = sum.weight_of(ml.x, largest);
-    sum.l += warp_sum(ml.y * weight);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) sum.add(o[i], __shfl_sync(0xffffffffu, weight, i));
-  }
-  if constexpr (kRowWarps > 1) {
-#pragma unroll
-    for (int j = 0; j < kPer; ++j) run_o[warp][lane * kPer + j] = sum.o[j];
-    if (lane == 0) run_ml[warp] = make_float2(sum.reference, sum.l);
-    __syncthreads();
-    if (warp > 0) return;
-    float largest = sum.reference;
-#pragma unroll
-    for (int w = 1; w < kRowWarps; ++w) largest = fmaxf(largest, run_ml[w].x);
-    sum.raise(largest);
-#pragma unroll
-    for (int w = 1; w < kRowWarps; ++w) {
-      const float weight = sum.weight_of(run_ml[w].x, largest);
-      sum.l = fmaf(run_ml[w].y, weight, sum.l);
-      float o[kPer];
-      load_channels(o, run_o[w] + lane * kPer);
-      sum.add(o, weight);
-    }
-  }
-  sum.store_normalized(static_cast<uint16_t*>(p.out) + (int64_t(row) * p.q_heads + head) * kHeadDim + lane * kPer);
+  merge_states(p, args.states, args.item_rows, run, row, head, parts);
 }
 
 // A block a row and head, unless there are units enough for most to consist of a few states: then a warp.

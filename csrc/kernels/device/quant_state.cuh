@@ -194,7 +194,7 @@ struct QuantState {
     }
   }
 
-  // A tile's keys to weights. `tile`, `address`: its place in shared memory.
+  // A tile's keys to weights. `tile`, `address`: the place of its keys, below of its values, in shared memory.
   __device__ __forceinline__ void keys(const unsigned char* tile, uint32_t address, float c, int lane,
                                        uint32_t (&weights)[4][2]) {
     constexpr int kGroups = Shape::kKeyGroups, kGroupBlocks = 4 / kGroups;
@@ -206,7 +206,7 @@ struct QuantState {
 #pragma unroll
       for (int group = 0; group < kGroups; ++group)
         load_words(zero[group],
-                   tile + Shape::kKeyZero + (group * Shape::kHeadDim + chunk * kChannels + t * (kChannels / 4)) * 2);
+                   tile + Shape::kZero + (group * Shape::kHeadDim + chunk * kChannels + t * (kChannels / 4)) * 2);
 #pragma unroll
       for (int i = 0; i < kUnit; i += 2) {
         const uint32_t a0 = unplaced(zero[0][i], i), a2 = unplaced(zero[0][i + 1], i + 1);
@@ -223,7 +223,7 @@ struct QuantState {
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
           uint32_t scale[kUnit];
-          load_words(scale, tile + Shape::kKeyScale +
+          load_words(scale, tile + Shape::kScale +
                                 (group * Shape::kHeadDim + (chunk + piece) * kChannels + t * (kChannels / 4)) * 2);
 #pragma unroll
           for (int i = 0; i < kUnit; ++i)
@@ -266,10 +266,10 @@ struct QuantState {
     const int g = lane / 4, t = lane % 4;
     uint32_t zero[4];  // of V group g % 4, by block: two tokens, of the slots below 8 if g < 4, else of the others
     if constexpr (kRowGroups == 4) {
-      ldmatrix_x4_trans(zero, address + Shape::kValueZero + lane * 16);
+      ldmatrix_x4_trans(zero, address + Shape::kZero + lane * 16);
     } else {
       const auto* from =
-          reinterpret_cast<const uint16_t*>(tile + Shape::kValueZero) + (t * 4 + g / 4) * kRowGroups + g % kRowGroups;
+          reinterpret_cast<const uint16_t*>(tile + Shape::kZero) + (t * 4 + g / 4) * kRowGroups + g % kRowGroups;
 #pragma unroll
       for (int b = 0; b < 4; ++b)
         zero[b] = uint32_t(from[b * 16 * kRowGroups]) | uint32_t(from[(b * 16 + 2) * kRowGroups]) << 16;
@@ -282,9 +282,9 @@ struct QuantState {
       constexpr uint32_t kOnes = Shape::kFp16 ? 0x3c003c00u : 0x3f803f80u;
       multiply(sums, {g < 4 ? zero[b] : 0u, kOnes, g < 4 ? 0u : zero[b], kOnes}, weights[b][0], weights[b][1]);
       FineCodes fine;
-      load_fine<true>(fine, address + Shape::kValues, b, lane);
+      load_fine<true>(fine, address, b, lane);
       uint32_t scales[2 * kRowGroups];  // of tokens 4t .. 4t + 3
-      load_words(scales, tile + Shape::kValueScale + (b * 16 + t * 4) * kRowGroups * 2);
+      load_words(scales, tile + Shape::kScale + (b * 16 + t * 4) * kRowGroups * 2);
       const auto scaled = [&](int group, bool odd, int half) {  // weights times scales of V group `group` + odd
         uint32_t pair;
         if constexpr (kRowGroups == 4)
@@ -299,7 +299,7 @@ struct QuantState {
 #pragma unroll
       for (int chunk = 0; chunk < kChunks; chunk += kPieces) {
         uint32_t words[kPieces][2];
-        load_codes<true>(words, address + Shape::kValues, b, chunk, lane);
+        load_codes<true>(words, address, b, chunk, lane);
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
           const int group = (chunk + piece) * kChannels / Shape::kGroup;
@@ -322,7 +322,8 @@ struct QuantState {
   }
 
   // A tile of the tail: its first `valid` tokens were written, columns 2t, 2t + 1 see the first seen[0], seen[1].
-  __device__ __forceinline__ void tail(const unsigned char* tile, float c, int lane, int valid, const int (&seen)[2]) {
+  __device__ __forceinline__ void tail(const unsigned char* keys, const unsigned char* values, float c, int lane,
+                                       int valid, const int (&seen)[2]) {
     constexpr int kTokens = Shape::kTailTokens, kRow = Shape::kTailRow;
     const int g = lane / 4, t = lane % 4;
     float s[1][4] = {};
@@ -331,7 +332,7 @@ struct QuantState {
       uint32_t k[2][kUnit] = {};
 #pragma unroll
       for (int half = 0; half < kTokens / 8; ++half)
-        load_words(k[half], tile + (g + half * 8) * kRow + (chunk * kChannels + t * (kChannels / 4)) * 2);
+        load_words(k[half], keys + (g + half * 8) * kRow + (chunk * kChannels + t * (kChannels / 4)) * 2);
 #pragma unroll
       for (int i = 0; i < kUnit; i += 2)
         mma_m16n8k16(
@@ -359,8 +360,7 @@ struct QuantState {
 #pragma unroll
       for (int i = 0; i < 2 * (kTokens / 8); ++i) {
         const int token = t * 2 + i % 2 + i / 2 * 8;
-        if (token < valid)
-          load_words(v[i], tile + Shape::kTailHalf + token * kRow + (chunk * kChannels + g * kUnit) * 2);
+        if (token < valid) load_words(v[i], values + token * kRow + (chunk * kChannels + g * kUnit) * 2);
       }
       const auto element = [&](int half, int j) {
         const uint32_t pair = pair_elements(v[half * 2][j / 2], v[half * 2 + 1][j / 2], j % 2);

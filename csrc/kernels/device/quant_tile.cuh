@@ -2,9 +2,10 @@
 // A tile of a quantized cache in shared memory: 64 tokens of quantized K and V of one KV head, or a few of the
 // full-precision tail.
 //
-// Quantized: k_codes | k_scale | k_zero | v_codes | v_scale | v_zero as in the page. Codes are read by ldmatrix, whose
-// eight rows are the even (or odd) tokens of a block of 16: 16-byte pieces are swizzled (place_of) so that they lie in
-// different banks. Tail: K then V, [tokens][head_dim] bf16.
+// Quantized: k_codes | k_scale | k_zero | v_codes | v_scale | v_zero as in the page: K and V are halves of the same
+// layout, which may lie apart. Codes are read by ldmatrix, whose eight rows are the even (or odd) tokens of a block of
+// 16: 16-byte pieces are swizzled (place_of) so that they lie in different banks. Tail: K then V, [tokens][head_dim]
+// bf16.
 #pragma once
 
 #include "cp_async.cuh"
@@ -34,13 +35,12 @@ struct QuantShape {
   static constexpr int kRowGroups = kHeadDim / kGroup;                   // V groups of a token
   static constexpr int kKeyGroups = kQuantTokens / kGroup;               // K groups of a tile
 
-  // Byte offsets.
+  // Byte offsets in a half.
   static constexpr int kCodes = kQuantTokens * kHeadDim * kBits / 8;
   static constexpr int kParam = kQuantTokens / kGroup * kHeadDim * 2;  // of keys and of values alike
-  static constexpr int kKeyScale = kCodes, kKeyZero = kKeyScale + kParam, kValues = kKeyZero + kParam;
-  static constexpr int kValueScale = kValues + kCodes, kValueZero = kValueScale + kParam;
+  static constexpr int kScale = kCodes, kZero = kScale + kParam, kQuantHalf = kZero + kParam;
   static constexpr int kTailRow = kHeadDim * 2, kTailHalf = kTailTokens * kTailRow;
-  static constexpr int kQuantBytes = kValueZero + kParam;
+  static constexpr int kQuantBytes = 2 * kQuantHalf;
   static constexpr int kTileBytes = kQuantBytes > 2 * kTailHalf ? kQuantBytes : 2 * kTailHalf;
   static_assert(kTileBytes % 128 == 0);
   static_assert(!kPaired || kChunkChannels == 2 * kGroup);
@@ -60,14 +60,16 @@ struct QuantShape {
 
 // Byte offsets and sizes within a head's blob of a page.
 struct QuantBlob {
-  int head_bytes, codes, k_param, v_param;
-  int tiles_log2;  // tiles a page holds
+  int head_bytes, codes, param;  // param: a block of scales or zeros, of keys and of values alike
+  int tiles_log2;                // tiles a page holds
+
+  __host__ __device__ int half() const { return codes + 2 * param; }
 
   static QuantBlob make(const QuantAttentionParams& p) {
     const auto l = QuantPageLayout::make(p.kv_heads, p.page_size, p.head_dim, p.bits, p.group, 2);
     int log2 = 0;
     while (kQuantTokens << log2 < p.page_size) ++log2;
-    return {int(l.head_bytes), int(l.code_bytes), int(l.k_param_bytes), int(l.v_param_bytes), log2};
+    return {int(l.head_bytes), int(l.code_bytes), int(l.k_param_bytes), log2};
   }
 };
 
@@ -105,42 +107,49 @@ __device__ __forceinline__ void copy_codes(uint32_t to, const char* from, int fi
   }
 }
 
+// Starts copying half a tile to `to`, from tokens first .. of the half blob `from`.
+template <class Shape>
+__device__ __forceinline__ void copy_half(const QuantBlob& blob, const char* from, int first, int page_size,
+                                          uint32_t to, int lane) {
+  from += lane * 16;
+  if (blob.tiles_log2 == 0) {  // pages of one tile: a blob is laid out like the tile, addresses differ by constants
+    copy_piece<Shape, Shape::kCodes, true>(to, from, lane);
+    copy_piece<Shape, 2 * Shape::kParam, false>(to + Shape::kScale, from + Shape::kScale, lane);
+    return;
+  }
+  copy_codes<Shape>(to, from, first, page_size, lane);
+  const char* scale = from + blob.codes + first * (Shape::kRowGroups * 2);
+  copy_piece<Shape, Shape::kParam, false>(to + Shape::kScale, scale, lane);
+  copy_piece<Shape, Shape::kParam, false>(to + Shape::kZero, scale + blob.param, lane);
+}
+
+// Where the rows of tail tile `number` begin in its page; those of its values lie tail_half() further.
+template <class Shape>
+__device__ __forceinline__ const char* tail_rows(const QuantAttentionParams& p, const char* page, int kv_head,
+                                                 int number) {
+  const int first = number * Shape::kTailTokens & (p.page_size - 1);
+  return page + (int64_t(kv_head) * p.page_size + first) * Shape::kTailRow;
+}
+template <class Shape>
+__device__ __forceinline__ int64_t tail_half(const QuantAttentionParams& p) {
+  return int64_t(p.kv_heads) * p.page_size * Shape::kTailRow;
+}
+
 // Starts copying the tile at `c`, whose page is `page`, to `to`.
 template <class Shape>
 __device__ __forceinline__ void copy_tile(const QuantAttentionParams& p, const QuantBlob& blob, const LineCursor& c,
                                           const char* page, uint32_t to, int lane) {
-  page += lane * 16;
   if (!c.is_tail()) {
     const char* keys = page + int64_t(c.kv_head) * blob.head_bytes;
-    const auto copy = [&](auto codes, const char* k, const char* k_scale, const char* k_zero, const char* v,
-                          const char* v_scale, const char* v_zero) {
-      codes(to, k);
-      copy_piece<Shape, Shape::kParam, false>(to + Shape::kKeyScale, k_scale, lane);
-      copy_piece<Shape, Shape::kParam, false>(to + Shape::kKeyZero, k_zero, lane);
-      codes(to + Shape::kValues, v);
-      copy_piece<Shape, Shape::kParam, false>(to + Shape::kValueScale, v_scale, lane);
-      copy_piece<Shape, Shape::kParam, false>(to + Shape::kValueZero, v_zero, lane);
-    };
-    if (blob.tiles_log2 == 0) {  // pages of one tile: a blob is laid out like the tile, addresses differ by constants
-      copy([&](uint32_t at, const char* from) { copy_piece<Shape, Shape::kCodes, true>(at, from, lane); }, keys,
-           keys + Shape::kKeyScale, keys + Shape::kKeyZero, keys + Shape::kValues, keys + Shape::kValueScale,
-           keys + Shape::kValueZero);
-      return;
-    }
     const int first = (c.tile & ((1 << blob.tiles_log2) - 1)) * kQuantTokens;
-    const char* k_scale = keys + blob.codes + first / Shape::kGroup * (Shape::kHeadDim * 2);
-    const char* values = keys + blob.codes + 2 * blob.k_param;
-    const char* v_scale = values + blob.codes + first * (Shape::kRowGroups * 2);
-    copy([&](uint32_t at, const char* from) { copy_codes<Shape>(at, from, first, p.page_size, lane); }, keys, k_scale,
-         k_scale + blob.k_param, values, v_scale, v_scale + blob.v_param);
+    copy_half<Shape>(blob, keys, first, p.page_size, to, lane);
+    copy_half<Shape>(blob, keys + blob.half(), first, p.page_size, to + Shape::kQuantHalf, lane);
     return;
   }
   // Whole rows, written or not: who reads the tile masks those past the last token.
-  const int first = (c.tile - c.quant_tiles) * Shape::kTailTokens & (p.page_size - 1);
-  const char* keys = page + (int64_t(c.kv_head) * p.page_size + first) * Shape::kTailRow;
+  const char* keys = tail_rows<Shape>(p, page, c.kv_head, c.tile - c.quant_tiles) + lane * 16;
   copy_piece<Shape, Shape::kTailHalf, false>(to, keys, lane);
-  copy_piece<Shape, Shape::kTailHalf, false>(to + Shape::kTailHalf,
-                                             keys + int64_t(p.kv_heads) * p.page_size * Shape::kTailRow, lane);
+  copy_piece<Shape, Shape::kTailHalf, false>(to + Shape::kTailHalf, keys + tail_half<Shape>(p), lane);
 }
 
 }  // namespace vericache::cuda

@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+// Quantized attention for one request, where the time between two calls' bytes counts most.
+//
+// There is no line to build: every unit is cut into equal pieces, one a block, and every piece leaves a state, an empty
+// one if it has no tiles, so that the merge depends on no length. Lane i of a warp holds the address of the warp's i-th
+// next tile. A warp's ring holds half tiles, K and V in turn: a half is refilled as soon as it has been read, which
+// keeps more on its way in the same shared memory.
+//
+// Until the wait for the kernel before, a warp has one half on its way at a time. The merge of the call before runs
+// meanwhile, and its loads and stores queue behind whatever has been asked of the memory: whole rings at once would be
+// 7 to 9 us of it.
+//
+// Grid: one block a multiprocessor. Shared memory: the rings, in which the warps' states are left at the end. Order: as
+// in quant_merge.cuh; a unit's states by piece. Fixed by the lengths, the counts of rows and heads and the number of
+// multiprocessors.
+#pragma once
+
+#include "quant_merge.cuh"
+
+namespace vericache::cuda {
+
+struct QuantSingleArgs {
+  QuantAttentionParams p;
+  QuantBlob blob;
+  PartialStates states;  // row i from block b: index b * kItemRows + i
+  QuantPieces pieces;
+};
+
+// kHalves: of a warp's ring. kFirst: those asked for before the wait for the kernel before; the others follow q.
+template <class Tile_, int kHalves_, int kFirst_>
+struct QuantSingleShape : Tile_ {
+  using Tile = Tile_;
+  static constexpr int kHalves = kHalves_, kFirst = kFirst_;
+  static constexpr int kSlotBytes =
+      (std::max({Tile::kQuantHalf, Tile::kTailHalf, Tile::kStateBytes / 2}) + 127) / 128 * 128;
+  static constexpr int kBytes = kHalves * kSlotBytes;  // of a warp's ring
+  static_assert(kHalves >= 2 && kFirst >= 1 && kFirst <= kHalves);
+};
+
+// Of a thread: 12 warps and a block of the merge (4 warps, 48 registers) leave each of the multiprocessor's four parts
+// of 16384 registers room for three such warps and one of the merge.
+inline constexpr int kSingleRegisters = 152;
+
+template <class Shape>
+__global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_constant__ QuantSingleArgs args) {
+  constexpr int kWarps = Shape::kWarps, kHalves = Shape::kHalves, kTurns = 32;
+  const QuantAttentionParams& p = args.p;
+  unsigned char* smem = dynamic_smem();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = p.q_heads / p.kv_heads;
+  const int unit = args.pieces.unit_of(int(blockIdx.x)), pieces = args.pieces.count(unit);
+  const int piece = int(blockIdx.x) - args.pieces.first(unit);
+  const int kv_head = unit % p.kv_heads, first_item = unit / p.kv_heads * Shape::kItemRows;
+  if (!p.tables_settled) wait_for_previous_kernel();
+  const int quant_tiles = p.quant_len[0] / kQuantTokens;
+  const QuantSpan span = QuantSpan::load(p, lane);
+  const int items = span.rows * group, tail = max(0, span.last + 1 - quant_tiles * kQuantTokens);
+  const int tiles = first_item < items ? quant_tiles + (tail + Shape::kTailTokens - 1) / Shape::kTailTokens : 0;
+  const int begin = tiles * piece / pieces, end = tiles * (piece + 1) / pieces;
+
+  // This lane's tile among the warp's turns from `turn` on.
+  const char* from = nullptr;
+  const auto locate = [&](int turn) {
+    const int tile = begin + warp + (turn + lane) * kWarps;
+    if (tile < quant_tiles && tile < end) {
+      from = reinterpret_cast<const char*>(p.quant_table[tile >> args.blob.tiles_log2]) +
+             int64_t(kv_head) * args.blob.head_bytes;
+    } else if (tile < end) {
+      const int number = tile - quant_tiles;
+      from = tail_rows<Shape>(p,
+                              reinterpret_cast<const char*>(
+                                  p.tail_table[number * Shape::kTailTokens / kQuantTokens >> args.blob.tiles_log2]),
+                              kv_head, number);
+    }
+  };
+  locate(0);
+
+  const uint32_t ring = smem_address(smem + warp * Shape::kBytes);
+  int next = 0, next_slot = 0;  // half to be copied next: of turn next / 2; its slot
+  // Copies it, if there is one; a group in any case.
+  const auto copy_next = [&] {
+    const int turn = next / 2, tile = begin + warp + turn * kWarps;
+    if (tile < end) {
+      if (next % (2 * kTurns) == 0 && next > 0) locate(turn);
+      const char* at =
+          reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(from), turn % kTurns));
+      const uint32_t to = ring + next_slot * Shape::kSlotBytes;
+      if (tile < quant_tiles) {
+        copy_half<typename Shape::Tile>(args.blob, at + (next % 2 ? args.blob.half() : 0),
+                                        (tile & ((1 << args.blob.tiles_log2) - 1)) * kQuantTokens, p.page_size, to,
+                                        lane);
+      } else {  // whole rows, written or not: who reads the tile masks those past the last token
+        copy_piece<typename Shape::Tile, Shape::kTailHalf, false>(
+            to, at + (next % 2 ? tail_half<Shape>(p) : 0) + lane * 16, lane);
+      }
+    }
+    cp_async_commit();
+    ++next;
+    next_slot = next_slot + 1 == kHalves ? 0 : next_slot + 1;
+  };
+#pragma unroll 1
+  for (int i = 0; i < Shape::kFirst; ++i) {
+    if (!p.cache_settled || begin + warp + i / 2 * kWarps >= quant_tiles)
+      wait_for_previous_kernel();
+    else
+      cp_async_wait<0>();  // see above
+    copy_next();
+  }
+  wait_for_previous_kernel();
+  let_next_kernel_start();
+
+  if (begin + warp < end) {
+    const float c = p.scale * kLog2e;
+    QuantState<typename Shape::Tile> state;
+    const int column = first_item + lane / 4 % Shape::kItemRows;
+    state.start(column < items
+                    ? static_cast<const uint16_t*>(p.q) + int64_t(span.query0 + column / group) * p.q_stride_row +
+                          (kv_head * group + column % group) * p.q_stride_head
+                    : nullptr,
+                lane);
+#pragma unroll 1
+    while (next < kHalves) copy_next();
+    int slot = 0;
+    const auto here = [&] { return smem + warp * Shape::kBytes + slot * Shape::kSlotBytes; };
+    const auto step = [&] { slot = slot + 1 == kHalves ? 0 : slot + 1; };
+    for (int tile = begin + warp; tile < end; tile += kWarps) {
+      cp_async_wait<kHalves - 1>();
+      __syncwarp();  // every lane's copies of the half have landed
+      if (tile < quant_tiles) {
+        uint32_t weights[4][2];
+        state.keys(here(), smem_address(here()), c, lane, weights);
+        __syncwarp();  // it has been read
+        copy_next();
+        step();
+        cp_async_wait<kHalves - 1>();
+        __syncwarp();
+        state.values(here(), smem_address(here()), lane, weights);
+      } else {
+        const int skipped = (tile - quant_tiles) * Shape::kTailTokens + quant_tiles * kQuantTokens;
+        int seen[2];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) {
+          const int i = first_item + (lane % 4 * 2 + r) % Shape::kItemRows;
+          seen[r] = i < items ? p.row_position[span.query0 + i / group] + 1 - skipped : 0;
+        }
+        cp_async_wait<kHalves - 2>();
+        __syncwarp();
+        const unsigned char* keys = here();
+        step();
+        state.tail(keys, here(), c, lane, span.last + 1 - skipped, seen);
+        __syncwarp();
+        copy_next();
+      }
+      __syncwarp();
+      copy_next();
+      step();
+    }
+    auto* o = reinterpret_cast<float*>(smem + warp * Shape::kBytes);
+    state.deposit(o, reinterpret_cast<float2*>(o + Shape::kItemRows * Shape::kHeadDim), lane);
+  }
+  __syncthreads();  // deposits are there
+  QuantUnit whole{};
+  whole.rows = Shape::kItemRows;
+  merge_deposits<typename Shape::Tile>(p, args.states, whole, smem, Shape::kBytes,
+                                       (1u << min(end - begin, kWarps)) - 1);
+}
+
+// The outputs, a block a row and head. What it reads before the wait was there before the kernel that makes the states
+// let this one start. A thread has at most 48 registers, so that a block finds room beside that kernel.
+template <class Shape>
+__global__ void __launch_bounds__(32 * kMergeWarps, 10)
+    quant_single_merge_kernel(const __grid_constant__ QuantSingleArgs args) {
+  __shared__ MergeParts<Shape::kHeadDim, kMergeWarps> parts;
+  const QuantAttentionParams& p = args.p;
+  let_next_kernel_start();  // it waits for this one's end, hence for the states
+  const int row = int(blockIdx.x) / p.q_heads, head = int(blockIdx.x) % p.q_heads, group = p.q_heads / p.kv_heads;
+  const int query0 = p.row_offsets[0], item = (row - query0) * group + head % group;
+  QuantStateRun run{0, 0, true};
+  if (row >= query0 && row < p.row_offsets[1]) {
+    const int unit = item / Shape::kItemRows * p.kv_heads + head / group;
+    run = {int64_t(args.pieces.first(unit)) * Shape::kItemRows + item % Shape::kItemRows, args.pieces.count(unit),
+           false};
+  }
+  wait_for_previous_kernel();
+  merge_states(p, args.states, Shape::kItemRows, run, row, head, parts);
+}
+
+}  // namespace vericache::cuda
