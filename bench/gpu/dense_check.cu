@@ -204,6 +204,7 @@ void sample_checks(Report& report, bool quick) {
   for (const int vocab : {1, 5, 61, 1000, 32000, 128256, 151936}) {
     if (quick && vocab != 61 && vocab != 1000) continue;
     for (int kind = 0; kind < 5; ++kind) {
+      if (quick && vocab == 1000 && kind != 2 && kind != 4) continue;  // racecheck takes 25 s for one
       const int rows = quick ? 2 : vocab > 1000 ? 24 : 64, stride = vocab + int(rng() % 5);
       std::vector<float> logits(size_t(rows) * stride), temperature(rows), top_p(rows), min_p(rows);
       std::vector<int32_t> top_k(rows), position(rows);

@@ -67,7 +67,7 @@ struct WgmmaArgs {
   int items;  // tiles * token_blocks; token block fastest, so that blocks that run together share their w
   int stages, stage_bytes, w_bytes, barriers;  // barriers: their offset in shared memory
   bool wide;                                   // bias, residual and out can be accessed 4 elements at a time
-  uint64_t w_policy;                           // of device/tensor_map.cuh
+  uint64_t w_policy;                           // of device/l2_policy.cuh
   bool has_rope;                               // linear_rope_write
   int head_runs_log2;                          // RopeTile<kRopeRun>::make
   RopeWriteParams rope;

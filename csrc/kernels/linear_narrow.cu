@@ -61,7 +61,7 @@ struct NarrowArgs {
   int box_tokens;                              // that are copied: 8, 16, 32 or 64
   int stages, stage_bytes, x_bytes, barriers;  // barriers: their offset in shared memory
   bool wide;                                   // bias, residual and out can be accessed 4 elements at a time
-  uint64_t w_policy;                           // of device/tensor_map.cuh
+  uint64_t w_policy;                           // of device/l2_policy.cuh
   int head_runs_log2;                          // RopeTile::make
   RopeWriteParams rope;
 };

@@ -198,13 +198,17 @@ void launch_quant(const QuantAttentionParams& p, cudaStream_t stream) {
   launch_quant_merge<Shape::kHeadDim>({p, states, blocks, Shape::kItemRows, Shape::kTailTokens}, info, stream);
 }
 
-// One request with few units: see quant_single.cuh. Warps and half tiles of a warp's ring, all of them asked for early.
-constexpr int single_warps(int bits) { return bits == 8 ? 8 : 12; }
-constexpr int single_halves(int bits) { return bits == 2 ? 5 : 3; }
+// One request with few units: see quant_single.cuh.
+template <int kHeadDim, int kBits, int kGroup, int kWarps>
+using SingleTile = QuantShape<kHeadDim, kBits, kGroup, kBits == 2 && kGroup == 32, kWarps, 1, 1>;
 template <int kHeadDim, int kBits, int kGroup>
-using SingleShapeFor =
-    QuantSingleShape<QuantShape<kHeadDim, kBits, kGroup, kBits == 2 && kGroup == 32, single_warps(kBits), 1, 1>,
-                     single_halves(kBits), single_halves(kBits)>;
+struct SingleShape;  // what was fastest
+template <int kHeadDim, int kGroup>
+struct SingleShape<kHeadDim, 8, kGroup> : QuantSingleShape<SingleTile<kHeadDim, 8, kGroup, 8>, 3, 7, 3> {};
+template <int kHeadDim, int kGroup>
+struct SingleShape<kHeadDim, 4, kGroup> : QuantSingleShape<SingleTile<kHeadDim, 4, kGroup, 11>, 3, 8, 3> {};
+template <int kHeadDim, int kGroup>
+struct SingleShape<kHeadDim, 2, kGroup> : QuantSingleShape<SingleTile<kHeadDim, 2, kGroup, 12>, 5, 10, 2> {};
 
 constexpr bool has_single(int head_dim, int bits) { return head_dim == 128 && (bits == 2 || bits == 4 || bits == 8); }
 
@@ -239,7 +243,7 @@ void launch_single(const QuantAttentionParams& p, cudaStream_t stream) {
 template <int kHeadDim, int kBits, int kGroup>
 void launch_group(const QuantAttentionParams& p, cudaStream_t stream) {
   if constexpr (has_single(kHeadDim, kBits)) {
-    using Single = SingleShapeFor<kHeadDim, kBits, kGroup>;
+    using Single = SingleShape<kHeadDim, kBits, kGroup>;
     if (takes_single<Single>(p)) return launch_single<Single>(p, stream);
   }
   if constexpr (kBits == 2 && kGroup == 32) {

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "l2_policy.cuh"
+
 namespace vericache::cuda {
 
 __device__ __forceinline__ uint32_t smem_address(const void* p) {
@@ -17,6 +19,16 @@ __device__ __forceinline__ uint32_t smem_address(const void* p) {
 __device__ __forceinline__ void cp_async16(uint32_t dst, const void* src, bool valid) {
   const int bytes = valid ? 16 : 0;
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "r"(bytes) : "memory");
+}
+
+// Copies 16 bytes that are read once: they leave the L2 first.
+__device__ __forceinline__ void cp_async16_once(uint32_t dst, const void* src) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(dst), "l"(src), "l"(kDropFirst)
+               : "memory");
+#else
+  cp_async16(dst, src, true);
+#endif
 }
 
 // Copies 4 bytes.

@@ -6,9 +6,9 @@
 // next tile. A warp's ring holds half tiles, K and V in turn: a half is refilled as soon as it has been read, which
 // keeps more on its way in the same shared memory.
 //
-// Until the wait for the kernel before, a warp has one half on its way at a time. The merge of the call before runs
-// meanwhile, and its loads and stores queue behind whatever has been asked of the memory: whole rings at once would be
-// 7 to 9 us of it.
+// Until the wait for the kernel before, a warp has one half on its way at a time, and some warps none. The merge of the
+// call before runs meanwhile, and its loads and stores queue behind whatever has been asked of the memory: whole rings
+// at once would be 7 to 9 us of it.
 //
 // Grid: one block a multiprocessor. Shared memory: the rings, in which the warps' states are left at the end. Order: as
 // in quant_merge.cuh; a unit's states by piece. Fixed by the lengths, the counts of rows and heads and the number of
@@ -26,15 +26,17 @@ struct QuantSingleArgs {
   QuantPieces pieces;
 };
 
-// kHalves: of a warp's ring. kFirst: those asked for before the wait for the kernel before; the others follow q.
-template <class Tile_, int kHalves_, int kFirst_>
+// kHalves: of a warp's ring. kEarlyWarps: those that ask for tiles before the wait for the kernel before. kEarlyHalves:
+// how many of their ring, of short runs; what is not asked for early follows q.
+template <class Tile_, int kHalves_, int kEarlyWarps_, int kEarlyHalves_>
 struct QuantSingleShape : Tile_ {
   using Tile = Tile_;
-  static constexpr int kHalves = kHalves_, kFirst = kFirst_;
+  static constexpr int kHalves = kHalves_, kEarlyWarps = kEarlyWarps_, kEarlyHalves = kEarlyHalves_;
+  static constexpr int kShortRun = 4 * Tile::kWarps;  // tiles of a block at most
   static constexpr int kSlotBytes =
       (std::max({Tile::kQuantHalf, Tile::kTailHalf, Tile::kStateBytes / 2}) + 127) / 128 * 128;
   static constexpr int kBytes = kHalves * kSlotBytes;  // of a warp's ring
-  static_assert(kHalves >= 2 && kFirst >= 1 && kFirst <= kHalves);
+  static_assert(kHalves >= 2 && kEarlyHalves >= 1 && kEarlyHalves <= kHalves && kEarlyWarps <= Tile::kWarps);
 };
 
 // Of a thread: 12 warps and a block of the merge (4 warps, 48 registers) leave each of the multiprocessor's four parts
@@ -97,8 +99,10 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
     ++next;
     next_slot = next_slot + 1 == kHalves ? 0 : next_slot + 1;
   };
+  const int most = end - begin <= Shape::kShortRun ? Shape::kEarlyHalves : kHalves;
+  const int early = warp < Shape::kEarlyWarps || !p.cache_settled ? most : 0;
 #pragma unroll 1
-  for (int i = 0; i < Shape::kFirst; ++i) {
+  for (int i = 0; i < early; ++i) {
     if (!p.cache_settled || begin + warp + i / 2 * kWarps >= quant_tiles)
       wait_for_previous_kernel();
     else

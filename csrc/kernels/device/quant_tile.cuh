@@ -88,7 +88,7 @@ __device__ __forceinline__ void copy_piece(uint32_t to, const char* from, int la
 #pragma unroll
   for (int i = 0; i < (kBytes + 511) / 512; ++i) {
     const int at = (i * 32 + lane) * 16;
-    if (kBytes % 512 == 0 || at < kBytes) cp_async16(to + (kSwizzled ? Shape::place_of(at) : at), from + i * 512, true);
+    if (kBytes % 512 == 0 || at < kBytes) cp_async16_once(to + (kSwizzled ? Shape::place_of(at) : at), from + i * 512);
   }
 }
 

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bulk copies of rows of q, K or V that lie anywhere in device memory (sm_90), in the 128-byte swizzle of
-// device/wgmma.cuh; and a store with a policy of device/tensor_map.cuh.
+// device/wgmma.cuh; and a store with a policy of device/l2_policy.cuh.
 //
 // Pages are reached by raw addresses, and a tensor map has one base. So the map here describes all of the address space
 // as one tensor of rows, from address 0: what is copied is chosen by the coordinates alone, an address cut in pieces.

@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "common/cuda_check.h"
+#include "l2_policy.cuh"
 
 namespace vericache::cuda {
 
@@ -77,11 +78,6 @@ __device__ __forceinline__ void mbarrier_init_fence() { VC_SM90("fence.mbarrier_
 __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, int bytes) {
   VC_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-
-// What the L2 may drop first, and last, as createpolicy.fractional encodes it. As numbers, for they are kernel
-// arguments.
-inline constexpr uint64_t kDropAsUsual = 0x1000000000000000, kDropFirst = 0x12f0000000000000,
-                          kDropLast = 0x14f0000000000000;
 
 __device__ __forceinline__ void copy_box(uint32_t dst, const CUtensorMap& map, int col, int row, uint32_t barrier,
                                          uint64_t policy) {
