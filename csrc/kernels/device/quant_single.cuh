@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Quantized attention for one request, where the time between two calls' bytes counts most.
+// Quantized attention for one request, where the time between two calls' bytes counts most. For Hopper.
 //
 // There is no line to build: every unit is cut into equal pieces, one a block, and every piece leaves a state, an empty
 // one if it has no tiles, so that the merge depends on no length. Lane i of a warp holds the address of the warp's i-th
@@ -45,6 +45,7 @@ inline constexpr int kSingleRegisters = 152;
 
 template <class Shape>
 __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_constant__ QuantSingleArgs args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   constexpr int kWarps = Shape::kWarps, kHalves = Shape::kHalves, kTurns = 32;
   const QuantAttentionParams& p = args.p;
   unsigned char* smem = dynamic_smem();
@@ -166,6 +167,9 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
   whole.rows = Shape::kItemRows;
   merge_deposits<typename Shape::Tile>(p, args.states, whole, smem, Shape::kBytes,
                                        (1u << min(end - begin, kWarps)) - 1);
+#else
+  __trap();  // never launched elsewhere
+#endif
 }
 
 // The outputs, a block a row and head. What it reads before the wait was there before the kernel that makes the states
@@ -173,6 +177,7 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
 template <class Shape>
 __global__ void __launch_bounds__(32 * kMergeWarps, 10)
     quant_single_merge_kernel(const __grid_constant__ QuantSingleArgs args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   __shared__ MergeParts<Shape::kHeadDim, kMergeWarps> parts;
   const QuantAttentionParams& p = args.p;
   let_next_kernel_start();  // it waits for this one's end, hence for the states
@@ -186,6 +191,9 @@ __global__ void __launch_bounds__(32 * kMergeWarps, 10)
   }
   wait_for_previous_kernel();
   merge_states(p, args.states, Shape::kItemRows, run, row, head, parts);
+#else
+  __trap();
+#endif
 }
 
 }  // namespace vericache::cuda
