@@ -27,9 +27,7 @@ class Timing:
     repeats: int
 
     def __str__(self) -> str:
-        return (
-            f"{self.median * 1e3:.3f} ms ({self.low * 1e3:.3f}-{self.high * 1e3:.3f}, {self.repeats} repeats)"
-        )
+        return f"{self.median * 1e3:.3f} ms ({self.low * 1e3:.3f}-{self.high * 1e3:.3f}, {self.repeats} repeats)"
 
 
 def measure(call: Callable[[], object], device: str, *, warmup: int = 3, repeats: int = 20) -> Timing:
@@ -57,9 +55,7 @@ def _measure_cpu(call: Callable[[], object], repeats: int) -> list[float]:
 
 
 def _measure_cuda(call: Callable[[], object], repeats: int) -> list[float]:
-    events = [
-        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)
-    ]
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(repeats)]
     for start, end in events:
         start.record()
         call()

@@ -77,9 +77,7 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
 
 def configs_of(compressors: Sequence[str]) -> list[Config]:
     """Lists the ways to run: full once, lossy and vericache with each compressor."""
-    return [Config(FULL, compressors[0])] + [
-        Config(m, c) for c in compressors for m in ("lossy", "vericache")
-    ]
+    return [Config(FULL, compressors[0])] + [Config(m, c) for c in compressors for m in ("lossy", "vericache")]
 
 
 def record(config: Config, task: Task, exercise: Exercise, output: Any, mark: str) -> dict[str, Any]:
@@ -188,9 +186,7 @@ def summarize(arguments: argparse.Namespace, mark: str) -> dict[str, Any]:
     records = read_records(arguments.work, mark)
     missing = sum((c.label, t.key) not in records for c in configs for t in tasks)
     if missing:
-        sys.exit(
-            f"{missing} of {len(configs) * len(tasks)} runs are missing in {arguments.work}: run all shards"
-        )
+        sys.exit(f"{missing} of {len(configs) * len(tasks)} runs are missing in {arguments.work}: run all shards")
     machines = [json.loads(path.read_text()) for path in sorted(arguments.work.glob("*.env.json"))]
     machines = [machine for machine in machines if machine["fingerprint"] == mark]
     full = [records[FULL, task.key] for task in tasks]
@@ -231,9 +227,7 @@ def summary_row(
         if index is not None:
             expected, got = (entry["token_ids"][index : index + 1] for entry in (reference, own))
             gap = reference["top2_gaps"][index] if index < len(reference["top2_gaps"]) else None
-            differences.append(
-                {"task": task.key, "index": index, "expected": expected, "got": got, "top2_gap": gap}
-            )
+            differences.append({"task": task.key, "index": index, "expected": expected, "got": got, "top2_gap": gap})
     kinds = {kind: [own for own in mine if own["kind"] == kind] for kind in KINDS}
 
     def total(name: str, entries: Iterable[dict[str, Any]] = mine) -> int:
@@ -246,9 +240,7 @@ def summary_row(
         "compressor": None if config.mode == FULL else config.compressor,
         "exercises": len(mine),
         "exact": sum(entry["exact"] for entry in mine),
-        "exact_by_kind": {
-            k: [sum(e["exact"] for e in entries), len(entries)] for k, entries in kinds.items()
-        },
+        "exact_by_kind": {k: [sum(e["exact"] for e in entries), len(entries)] for k, entries in kinds.items()},
         "identical_to_full": len(mine) - len(differences),
         "median_first_difference": median(d["index"] for d in differences) if differences else None,
         "tokens": sum(len(entry["token_ids"]) for entry in mine),
@@ -281,9 +273,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="threads of this shard (default: every core)")
     parser.add_argument("--shard", type=shard, default=(0, 1))
     parser.add_argument("--summarize", action="store_true", help="run nothing")
-    parser.add_argument(
-        "--work", type=Path, default=ROOT / "build" / "exactness", help="where shards keep their lines"
-    )
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "exactness", help="where shards keep their lines")
     parser.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "exactness.json")
     return parser.parse_args(argv)
 
