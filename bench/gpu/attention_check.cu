@@ -213,7 +213,7 @@ int main(int argc, char** argv) try {
     check_full(report, {8, 2, 64, 64}, 100, 600, true);
     check_full(report, {7, 1, 128, 64}, 0, 200, true);  // a group that does not divide a block's rows
     check_kept(report, {4, 2, 64, 64});
-    check_kept(report, {4, 2, 64, 64}, 20, 1);  // so many units that two blocks share a multiprocessor
+    check_kept(report, {4, 2, 64, 64}, 20, 1);  // many units
     for (const int bits : {8, 4, 2}) check_quant(report, {8, 2, 128, 64}, bits, 32);
     check_quant(report, {8, 2, 128, 64}, 2, 32, 1);
     check_quant_batch(report, {8, 2, 128, 64}, 4, 1);

@@ -33,6 +33,7 @@
 #include "device/barrier.cuh"
 #include "device/cluster.cuh"
 #include "device/cp_async.cuh"
+#include "device/l2_policy.cuh"
 #include "device/launch.cuh"
 #include "device/linear_out.cuh"
 #include "device/linear_rope.cuh"

@@ -220,7 +220,7 @@ int64_t single_units(const QuantAttentionParams& p, int item_rows) {
 template <class Shape>
 bool takes_single(const QuantAttentionParams& p) {
   const DeviceInfo info = device_info();
-  return info.hopper && info.smem_optin >= Shape::kWarps * Shape::kBytes && p.requests == 1 && p.rows <= kSingleRows &&
+  return info.hopper && p.requests == 1 && p.rows <= kSingleRows &&
          4 * single_units(p, Shape::kItemRows) <= info.multiprocessors && (!Shape::kPaired || pairs_groups(p));
 }
 

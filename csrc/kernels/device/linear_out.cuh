@@ -7,8 +7,8 @@
 
 #include "common/params.h"
 #include "element.cuh"
+#include "l2_policy.cuh"
 #include "silu.cuh"
-#include "tensor_map.cuh"
 
 namespace vericache::cuda {
 

@@ -15,6 +15,8 @@
 // multiprocessors.
 #pragma once
 
+#include <algorithm>
+
 #include "quant_merge.cuh"
 
 namespace vericache::cuda {
@@ -36,6 +38,7 @@ struct QuantSingleShape : Tile_ {
   static constexpr int kSlotBytes =
       (std::max({Tile::kQuantHalf, Tile::kTailHalf, Tile::kStateBytes / 2}) + 127) / 128 * 128;
   static constexpr int kBytes = kHalves * kSlotBytes;  // of a warp's ring
+  static_assert(Tile::kWarps * kBytes <= 227 * 1024);  // what a block may have
   static_assert(kHalves >= 2 && kEarlyHalves >= 1 && kEarlyHalves <= kHalves && kEarlyWarps <= Tile::kWarps);
 };
 

@@ -10,7 +10,6 @@
 #include <cstdint>
 
 #include "common/cuda_check.h"
-#include "l2_policy.cuh"
 
 namespace vericache::cuda {
 
@@ -79,6 +78,7 @@ __device__ __forceinline__ void mbarrier_expect(uint32_t barrier, int bytes) {
   VC_SM90("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
+// `policy`, here and below: of device/l2_policy.cuh.
 __device__ __forceinline__ void copy_box(uint32_t dst, const CUtensorMap& map, int col, int row, uint32_t barrier,
                                          uint64_t policy) {
   VC_SM90(

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 
+#include "l2_policy.cuh"
 #include "row_copy.cuh"
 #include "split_attention.cuh"
 #include "wgmma_rs.cuh"
