@@ -6,9 +6,10 @@
 // gives its registers away. One row or 64, the instructions are the same. A row's scores, weights and sums stay in the
 // registers of one quad of lanes: consumer warps exchange nothing.
 //
-// Shared memory: a ring of slots of one tile (64 tokens of K, or of V), each head_dim / 64 parts of [64 tokens][128
-// bytes] in the hardware's 128-byte swizzle; an item's record, its q in parts of the same form, and the positions of
-// its rows; barriers; the schedule. Whole tiles come as bulk copies, whose bytes the slot's barrier counts. A tile with
+// Shared memory: a ring of slots of one tile (64 tokens of K, or of V): groups of 8 tokens, each head_dim / 64 parts of
+// [8 tokens][128 bytes] in the hardware's 128-byte swizzle, so that the memory is asked for both halves of a row soon
+// after each other; an item's record, its q in parts of [rows][128 bytes], and the positions of its rows; barriers; the
+// schedule. Whole tiles come as bulk copies, whose bytes the slot's barrier counts. A tile with
 // tokens that must not be read is copied by the producer's lanes, which put zeros there, so that memory past a
 // request's last token may hold anything.
 //
@@ -89,11 +90,11 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
   const int64_t states = int64_t(p.rows) * p.q_heads * max_splits;
   const auto partial = PartialStates::at(p.workspace, states, Shape::kHeadDim);
   const bool boxes_of_tiles = p.page_size >= kTileTokens;
-  static const CUtensorMap maps[2] = {row_map(Shape::kHeadDim, kGranuleTokens, false),
-                                      row_map(Shape::kHeadDim, kTileTokens, true)};
+  static const CUtensorMap maps[2] = {token_map(Shape::kHeadDim, kGranuleTokens),
+                                      token_map(Shape::kHeadDim, kTileTokens)};
   static const auto q_maps = [] {
     std::array<CUtensorMap, kMaxGroup + 1> of_group{};
-    for (int rows = 1; rows <= kMaxGroup; ++rows) of_group[rows] = row_map(Shape::kHeadDim, rows, false);
+    for (int rows = 1; rows <= kMaxGroup; ++rows) of_group[rows] = row_map(Shape::kHeadDim, rows);
     return of_group;
   }();
   // K and V, read once, would push states out of the L2 before the merge reads them; where the L2 has no room for the

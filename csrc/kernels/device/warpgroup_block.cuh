@@ -20,8 +20,8 @@ struct WarpgroupShape {
   static constexpr int kQRows = kRows == 8 ? 16 : kRows;
   static constexpr int kConsumerWarps = 4 * kWarpgroups, kProducerWarps = 4;
   static constexpr int kThreads = 32 * (kConsumerWarps + kProducerWarps);
-  static constexpr int kParts = kHeadDim / 64, kPartBytes = kTileTokens * 128;
-  static constexpr int kSlotBytes = kParts * kPartBytes;
+  static constexpr int kParts = kHeadDim / 64, kGroupBytes = kParts * 1024;  // group: of 8 tokens
+  static constexpr int kSlotBytes = kTileTokens / 8 * kGroupBytes;
   // Memory reads slower the more is asked of it beyond what it takes to keep it busy (64 KB a multiprocessor on an
   // H100); two warpgroups, which hold a slot longer, need more.
   static constexpr int kSlots = (kWarpgroups == 2 ? 160 : 128) * 1024 / kSlotBytes;
@@ -50,7 +50,7 @@ struct WarpgroupArgs {
   PartialStates partial;  // state (row, head, split) at index (row * q_heads + head) * max_splits + split
   TaggedCounter* work;
   int max_splits;
-  int box_rows;                      // of `map`: 64, whole rows; or kGranuleTokens, one part
+  int box_rows;                      // tokens of a box of `map`: kTileTokens or kGranuleTokens
   uint64_t kv_policy, state_policy;  // of row_copy.cuh
   bool q_boxes;                      // q comes in boxes of q_map: one part of the rows of a KV head's query heads
   CUtensorMap map, q_map;
@@ -187,15 +187,17 @@ struct WarpgroupBlock {
   __device__ void copy_part_of_tile(const WorkItem& work, const Span& span, int token, bool v, uint32_t slot) const {
     constexpr int kRowChunks = Shape::kHeadDim / 8, kTokensAnInstruction = 32 / kRowChunks;
     const int lane = threadIdx.x % 32, row0 = lane / kRowChunks, chunk = lane % kRowChunks;
-    const uint32_t to = slot + uint32_t(chunk / 8 * Shape::kPartBytes);
+    const uint32_t to = slot + uint32_t(chunk / 8 * 1024);
 #pragma unroll 1  // rare, and registers are short
     for (int first = 0; first < kTileTokens; first += kGranuleTokens) {
       const Granule from = Keys::granule(args.p, span, work.request, work.kv_head, token + first);
       const char* base = from.k + (v ? from.v_offset : 0) + lane * 16;
 #pragma unroll 1
-      for (int j = 0; j < kGranuleTokens; j += kTokensAnInstruction)
-        cp_async16(swizzled(to, first + row0 + j, 128, chunk % 8), base + j * Shape::kHeadDim * 2,
-                   row0 + j < from.valid);
+      for (int j = 0; j < kGranuleTokens; j += kTokensAnInstruction) {
+        const int row = first + row0 + j;
+        cp_async16(swizzled(to + uint32_t(row / 8 * Shape::kGroupBytes), row % 8, 128, chunk % 8),
+                   base + j * Shape::kHeadDim * 2, row0 + j < from.valid);
+      }
     }
     cp_async_commit();
     cp_async_wait<0>();

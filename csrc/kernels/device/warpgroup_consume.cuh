@@ -139,23 +139,25 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
   const auto issue_scores = [&](int at) {
     const uint32_t slot = wgmma_operand_low(base + uint32_t(at * Shape::kSlotBytes));
     wgmma_begin();
-    wgmma_n64k16<false, false>(s, q[0], slot);
+    wgmma_n64k16<Shape::kGroupBytes, false, false>(s, q[0], slot);
 #pragma unroll
     for (int k16 = 1; k16 < kSteps; ++k16)
-      wgmma_n64k16<false, true>(s, q[k16], slot + uint32_t(k16 / 4 * Shape::kPartBytes / 16 + 2 * (k16 % 4)));
+      wgmma_n64k16<Shape::kGroupBytes, false, true>(s, q[k16], slot + uint32_t(k16 / 4 * (1024 / 16) + 2 * (k16 % 4)));
     wgmma_commit();
   };
 
   using Weights = uint32_t[kTileTokens / 16][4];
   const auto issue_sums = [&](int at, const Weights& weights) {
+    constexpr uint32_t kSixteenTokens = 2 * Shape::kGroupBytes / 16;
     const uint32_t address = base + uint32_t(at * Shape::kSlotBytes);
     wgmma_begin();
 #pragma unroll
     for (int k16 = 0; k16 < kTileTokens / 16; ++k16) {
       if constexpr (kParts == 2)
-        wgmma_n128k16(o, weights[k16], wgmma_blocks_low(address, Shape::kPartBytes) + uint32_t(128 * k16));
+        wgmma_n128k16<Shape::kGroupBytes>(o, weights[k16], wgmma_blocks_low(address, 1024) + kSixteenTokens * k16);
       else
-        wgmma_n64k16<true, true>(o, weights[k16], wgmma_operand_low(address) + uint32_t(128 * k16));
+        wgmma_n64k16<Shape::kGroupBytes, true, true>(o, weights[k16],
+                                                     wgmma_operand_low(address) + kSixteenTokens * k16);
     }
     wgmma_commit();
   };

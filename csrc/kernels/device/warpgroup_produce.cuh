@@ -89,7 +89,8 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
       const RowPlace k_place = row_place<Shape::kHeadDim>(k), v_place = row_place<Shape::kHeadDim>(v);
       const uint32_t good =
           __ballot_sync(kAll, Keys::readable(span, box_token / kTileTokens * kTileTokens) >= kTileTokens &&
-                                  ((k | v) & (Shape::kHeadDim * 2 - 1)) == 0 && k_place.high == v_place.high);
+                                  ((k | v) & (Shape::kHeadDim * 2 - 1)) == 0 && k_place.high == v_place.high &&
+                                  max(k_place.row, v_place.row) <= kLastRow - kTileTokens);
       const int count = min(batch, tiles - first);
       for (int i = 0; i < count; ++i) {
         const int tile = first + i;
@@ -113,16 +114,9 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
               mbarrier_arrive(barrier);
           }
           if (boxes > 1) __syncwarp();  // bytes are announced before they come
-          if (whole && lane < boxes) {
-            if (boxes == 1) {
-              copy_rows(slot, args.map, {rows[part], high}, 0, barrier, args.kv_policy);
-            } else {
-#pragma unroll
-              for (int piece = 0; piece < Shape::kParts; ++piece)
-                copy_rows(slot + uint32_t(piece * Shape::kPartBytes + lane * kGranuleTokens * 128), args.map,
-                          {rows[part], high}, piece, barrier, args.kv_policy);
-            }
-          }
+          if (whole && lane < boxes)
+            copy_tokens(slot + uint32_t(lane * (kGranuleTokens / 8 * Shape::kGroupBytes)), args.map, {rows[part], high},
+                        barrier, args.kv_policy);
           ring.next(Shape::kSlots);
         }
       }

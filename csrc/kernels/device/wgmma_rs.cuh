@@ -5,7 +5,9 @@
 // A (64 x 16): warp w of the warpgroup holds rows 16 w .. 16 w + 15, as mma.cuh's A fragment; the result lies as
 // wgmma.cuh says, so that neighbouring column tiles of a result are an A fragment of a next product.
 // B, not transposed: columns are rows of shared memory, 128 bytes of 64 k each (wgmma_operand; + 2 moves 16 k on).
-// B, transposed: 64 k are 64 rows of shared memory, 128 bytes of 64 columns each (the same; + 128 moves 16 k on).
+// B, transposed: 64 k are 64 rows of shared memory, 128 bytes of 64 columns each (the same; two times kApart moves 16 k
+// on).
+// kApart: bytes from 8 rows of shared memory to the next 8.
 //
 // An element of the result depends on its row of A, its column of B and its own old value alone, in an order that does
 // not depend on the row's place: held by bench/gpu/attention_check.cu.
@@ -28,7 +30,7 @@ namespace vericache::cuda {
 __device__ __forceinline__ uint32_t wgmma_operand_low(uint32_t address) { return uint32_t(wgmma_operand(address)); }
 
 // d = a b (kAdd false) or d += a b; b as of wgmma_operand_low.
-template <bool kTransposed, bool kAdd>
+template <int kApart, bool kTransposed, bool kAdd>
 __device__ __forceinline__ void wgmma_n64k16(float (&d)[32], const uint32_t (&a)[4], uint32_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile(
@@ -44,7 +46,7 @@ __device__ __forceinline__ void wgmma_n64k16(float (&d)[32], const uint32_t (&a)
         "+f"(d[17]), "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]), "+f"(d[24]),
         "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]), "+f"(d[30]), "+f"(d[31])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(int(kTransposed)), "n"(int(kAdd)),
-        "n"(int(wgmma_operand(0) >> 32)));
+        "n"(int(wgmma_operand<kApart>(0) >> 32)));
 #endif
 }
 
@@ -54,6 +56,7 @@ __device__ __forceinline__ uint32_t wgmma_blocks_low(uint32_t address, int block
 }
 
 // d += a b, b transposed, as of wgmma_blocks_low.
+template <int kApart>
 __device__ __forceinline__ void wgmma_n128k16(float (&d)[64], const uint32_t (&a)[4], uint32_t b) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   asm volatile(
@@ -76,7 +79,7 @@ __device__ __forceinline__ void wgmma_n128k16(float (&d)[64], const uint32_t (&a
         "+f"(d[41]), "+f"(d[42]), "+f"(d[43]), "+f"(d[44]), "+f"(d[45]), "+f"(d[46]), "+f"(d[47]), "+f"(d[48]),
         "+f"(d[49]), "+f"(d[50]), "+f"(d[51]), "+f"(d[52]), "+f"(d[53]), "+f"(d[54]), "+f"(d[55]), "+f"(d[56]),
         "+f"(d[57]), "+f"(d[58]), "+f"(d[59]), "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(int(wgmma_operand(0) >> 32)));
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b), "n"(int(wgmma_operand<kApart>(0) >> 32)));
 #endif
 }
 
