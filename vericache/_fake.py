@@ -20,6 +20,7 @@ def _paged_attention(
 def _kept_attention(
     q: Tensor, kept_table: Tensor, kept_len: Tensor, tail_table: Tensor, tail_start: Tensor,
     row_offsets: Tensor, row_position: Tensor, page_size: int, scale: float, settled: bool = False,
+    as_full: bool = False,
 ) -> Tensor:  # fmt: skip
     return q.new_empty(q.shape)
 

@@ -95,6 +95,7 @@ def kept_attention(
     page_size: int,
     scale: float,
     settled: bool = False,
+    as_full: bool = False,
 ) -> Tensor:
     """Draft attention over each head's kept tokens, then the full-precision tail.
 
@@ -109,12 +110,14 @@ def kept_attention(
         page_size: tokens a page, of head and full pages alike.
         scale: factor of the scores.
         settled: as for `paged_attention`.
+        as_full: true asks for the bits of `paged_attention` where no head of the batch has dropped a token and tails
+            begin at multiples of 64, so that such a draft is never refused. Slower for one request on a GPU.
 
     Returns:
         T [rows, q_heads, head_dim].
     """
     return _ops.kept_attention(
-        q, kept_table, kept_len, tail_table, tail_start, row_offsets, row_position, page_size, scale, settled
+        q, kept_table, kept_len, tail_table, tail_start, row_offsets, row_position, page_size, scale, settled, as_full
     )
 
 

@@ -3,11 +3,11 @@
 // `quick` is for compute-sanitizer: the same checks on few rows and tokens.
 //
 // Against float64: full, kept and quantized attention, with NaN in every slot that must not be read. Kept attention,
-// free of R1, twice more in other pages: the same bits. Batches of quantized requests against each request alone, and
-// calls that overlap against calls that do not (quant_batch.cuh). Invariance (R1), on bytes: a position's row alone is
-// the reference; then 1 .. 128 rows together, batches of mixed requests, shuffled pages, 20 repeats. The control, one
-// changed bit of each element of one old key, must be noticed. The same at the sizes that attention_bench times
-// (attention_bitwise.cuh): the rows named `bitwise`.
+// free of R1, twice more in other pages: the same bits; where nothing has been dropped, those of full attention.
+// Batches of quantized requests against each request alone, and calls that overlap against calls that do not
+// (quant_batch.cuh). Invariance (R1), on bytes: a position's row alone is the reference; then 1 .. 128 rows together,
+// batches of mixed requests, shuffled pages, 20 repeats. The control, one changed bit of each element of one old key,
+// must be noticed. The same at the sizes that attention_bench times (attention_bitwise.cuh): the rows named `bitwise`.
 #include "attention_bitwise.cuh"
 #include "attention_cases.cuh"
 #include "kernels/device/splits.cuh"
@@ -77,19 +77,24 @@ void check_full(Report& report, Heads h, int window, int tokens, bool quick = fa
                     ", error ", worst, ", control ", noticed ? "noticed" : "MISSED"));
 }
 
-// `requests` of one sequence, each with fewer kept tokens than the one before; `uneven`: almost all in one head. How
+enum class Keep { kSome, kOneHead, kAll };
+
+// `requests` of one sequence, each with fewer kept tokens than the one before; kOneHead: almost all in one head. How
 // the key axis is cut depends on all of them, so what must hold is the value, and the bits when the same call comes
-// again with other pages.
-void check_kept(Report& report, Heads h, int requests = 1, int rows = 3, bool uneven = false) {
+// again with other pages. kAll: nothing is dropped, and the bits are those of full attention.
+void check_kept(Report& report, Heads h, int requests = 1, int rows = 3, Keep keep = Keep::kSome) {
   const int tokens = 6000, tail_start = 5888;
   const Sequence s(h, tokens);
-  const int max_kept_pages = 5200 / h.page_size + 1, max_tail_pages = 2 + (tokens - tail_start) / h.page_size;
+  const bool all = keep == Keep::kAll;
+  const int max_kept_pages = (all ? tail_start : 5200) / h.page_size + 1;
+  const int max_tail_pages = 2 + (tokens - tail_start) / h.page_size;
   std::vector<std::vector<int>> kept(h.kv_heads);
   std::mt19937 random(3);
   for (int head = 0; head < h.kv_heads; ++head) {
     kept[head] = range(0, tail_start);
+    if (all) continue;
     std::shuffle(kept[head].begin(), kept[head].end(), random);
-    kept[head].resize(head == 0 ? 0 : head == 1 ? 5133 : uneven ? 40 : 100 + 61 * head);
+    kept[head].resize(head == 0 ? 0 : head == 1 ? 5133 : keep == Keep::kOneHead ? 40 : 100 + 61 * head);
   }
   std::vector<int32_t> kept_len, offsets{0}, positions;
   std::vector<std::vector<std::vector<int>>> seen;
@@ -97,7 +102,7 @@ void check_kept(Report& report, Heads h, int requests = 1, int rows = 3, bool un
   for (int r = 0; r < requests; ++r) {
     std::vector<std::vector<int>> visible;
     for (const auto& own : kept) {
-      visible.emplace_back(own.begin(), own.begin() + std::max(0, int(own.size()) - 301 * r));
+      visible.emplace_back(own.begin(), own.begin() + std::max(0, int(own.size()) - (all ? 0 : 301 * r)));
       kept_len.push_back(int(visible.back().size()));
     }
     VC_CUDA_CHECK(cudaMemcpy(q.get<Element>() + r * rows * h.q_row(), s.q_at(tokens - rows), rows * h.q_row() * 2,
@@ -120,6 +125,7 @@ void check_kept(Report& report, Heads h, int requests = 1, int rows = 3, bool un
   p.head_dim = h.head_dim, p.page_size = h.page_size, p.max_kept_pages = max_kept_pages;
   p.max_tail_pages = max_tail_pages, p.scale = h.scale(), p.dtype = DType::kBFloat16;
   p.kept_stride_request = int64_t(h.kv_heads) * max_kept_pages, p.tail_stride_request = max_tail_pages;
+  p.as_full = all;
 
   const auto run = [&](unsigned seed, bool settled) {
     const int head_pages = h.kv_heads * max_kept_pages;
@@ -147,19 +153,32 @@ void check_kept(Report& report, Heads h, int requests = 1, int rows = 3, bool un
     p.kept_table = kept_table.get<int64_t>(), p.tail_table = tail_table.get<int64_t>();
     p.tables_settled = p.cache_settled = settled;
     const Buffer workspace = workspace_for(p, cuda::kept_attention_workspace_bytes);
-    out.poison();
-    cuda::kept_attention(p, nullptr);
+    workspace.poison();
+    for (int calls = settled ? 5 : 1; calls > 0; --calls) {  // in a row in the same workspace
+      out.poison();
+      cuda::kept_attention(p, nullptr);
+    }
     return out.to_host<uint16_t>();
   };
   const auto got = run(1, false);
   const bool same = run(2, false) == got && run(3, true) == got;
   const double error = relative_error(q.get<Element>(), s.k_floats.get<float>(), s.v_floats.get<float>(), h, seen, got);
+  bool as_full = true;
+  if (all) {
+    const auto full = run_full(s, 0, {{tokens - rows, rows}}, 1);
+    for (int r = 0; r < requests; ++r)
+      as_full = as_full && std::equal(full.begin(), full.end(), got.begin() + int64_t(r) * rows * h.q_row());
+  }
   change_key(s.k.get<uint16_t>() + (size_t(kept[1][9]) * h.kv_heads + 1) * h.head_dim, h.head_dim);  // all have it
   const bool noticed = run(1, false) != got;
-  report.check(text(shape_name("kept", h), " requests ", requests, " rows ", rows, uneven ? " uneven" : ""),
-               same && noticed && error < 6e-3,
-               text("error ", error, same ? ", the same in other pages" : ", NOT the same in other pages", ", control ",
-                    noticed ? "noticed" : "MISSED"));
+  constexpr const char* kNames[] = {"", " uneven", " all"};
+  report.check(text(shape_name("kept", h), " requests ", requests, " rows ", rows, kNames[int(keep)]),
+               same && noticed && as_full && error < 6e-3,
+               text("error ", error, same ? ", the same in other pages" : ", NOT the same in other pages",
+                    !all      ? ""
+                    : as_full ? ", bits of full attention"
+                              : ", NOT the bits of full attention",
+                    ", control ", noticed ? "noticed" : "MISSED"));
 }
 
 void check_quant(Report& report, Heads h, int bits, int group, int rows = 2) {
@@ -214,6 +233,7 @@ int main(int argc, char** argv) try {
     check_full(report, {7, 1, 128, 64}, 0, 200, true);  // a group that does not divide a block's rows
     check_kept(report, {4, 2, 64, 64});
     check_kept(report, {4, 2, 64, 64}, 20, 1);  // many units
+    check_kept(report, {8, 2, 128, 64}, 1, 1);
     for (const int bits : {8, 4, 2}) check_quant(report, {8, 2, 128, 64}, bits, 32);
     check_quant(report, {8, 2, 128, 64}, 2, 32, 1);
     check_quant_batch(report, {8, 2, 128, 64}, 4, 1);
@@ -231,7 +251,12 @@ int main(int argc, char** argv) try {
     check_full(report, {6, 2, 96, 64}, 0, 300);  // no tensor cores
     for (const int requests : {1, 2, 9})         // few units, and with 9 many
       for (const int rows : {1, 3, 40}) check_kept(report, {32, 8, 128, 64}, requests, rows);
-    check_kept(report, {32, 32, 128, 64}, 1, 1, true);  // one head with more pieces than there is memory for
+    check_kept(report, {32, 32, 128, 64}, 1, 1, Keep::kOneHead);  // one head with more pieces than there is memory for
+    for (const int page : {16, 64, 256})
+      for (const int rows : {1, 2}) check_kept(report, {8, 2, 128, page}, 1, rows);
+    check_kept(report, {12, 2, 128, 32}, 1, 1);
+    for (const int requests : {1, 3})
+      for (const int rows : {1, 7}) check_kept(report, {32, 8, 128, 64}, requests, rows, Keep::kAll);
     check_kept(report, {8, 2, 64, 16});
     check_kept(report, {8, 2, 64, 16}, 3, 1);
   }

@@ -135,7 +135,7 @@ KeptAttentionParams kept_params(const at::Tensor& q, const at::Tensor& kept_tabl
 
 at::Tensor kept_attention_cpu(const at::Tensor& q, const at::Tensor& kept_table, const at::Tensor& kept_len,
                               const at::Tensor& tail_table, const at::Tensor& tail_start, const at::Tensor& row_offsets,
-                              const at::Tensor& row_position, int64_t page_size, double scale, bool) {
+                              const at::Tensor& row_position, int64_t page_size, double scale, bool, bool) {
   at::Tensor out;
   const KeptAttentionParams p =
       kept_params(q, kept_table, kept_len, tail_table, tail_start, row_offsets, row_position, page_size, scale, out);
@@ -219,11 +219,12 @@ at::Tensor paged_attention_cuda(const at::Tensor& q, const at::Tensor& page_tabl
 at::Tensor kept_attention_cuda(const at::Tensor& q, const at::Tensor& kept_table, const at::Tensor& kept_len,
                                const at::Tensor& tail_table, const at::Tensor& tail_start,
                                const at::Tensor& row_offsets, const at::Tensor& row_position, int64_t page_size,
-                               double scale, bool settled) {
+                               double scale, bool settled, bool as_full) {
   at::Tensor out;
   KeptAttentionParams p =
       kept_params(q, kept_table, kept_len, tail_table, tail_start, row_offsets, row_position, page_size, scale, out);
   p.tables_settled = p.cache_settled = settled;
+  p.as_full = as_full;
   launch_cuda(q, p, cuda::kept_attention, cuda::kept_attention_workspace_bytes);
   return out;
 }
@@ -248,7 +249,8 @@ TORCH_LIBRARY_FRAGMENT(vericache, m) {
       "int page_size, float scale, int window, bool settled=False) -> Tensor");
   m.def(
       "kept_attention(Tensor q, Tensor kept_table, Tensor kept_len, Tensor tail_table, Tensor tail_start, "
-      "Tensor row_offsets, Tensor row_position, int page_size, float scale, bool settled=False) -> Tensor");
+      "Tensor row_offsets, Tensor row_position, int page_size, float scale, bool settled=False, bool as_full=False) "
+      "-> Tensor");
   m.def(
       "quant_attention(Tensor q, Tensor quant_table, Tensor quant_len, Tensor tail_table, Tensor row_offsets, "
       "Tensor row_position, int kv_heads, int page_size, int bits, int group, float scale, bool settled=False) -> "

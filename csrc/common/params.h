@@ -64,6 +64,7 @@ struct KeptAttentionParams {
   DType dtype;
   bool tables_settled = false;  // as above
   bool cache_settled = false;   // the same for kept rows
+  bool as_full = false;         // where no head has dropped a token, paged_attention's bits are wanted
 };
 
 // Draft attention over a quantized cache (free of R1): quantized pages for positions 0 .. quant_len-1, then the tail.

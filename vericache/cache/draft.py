@@ -135,6 +135,10 @@ class KeptDraft(DraftCache):
             out[layer, :, : table.shape[1]] = table
         return out, torch.stack(self._counts)
 
+    def drops(self, layer: int) -> bool:
+        """Whether some head of the layer has dropped a token."""
+        return any(self._dropped_host[layer])
+
     @property
     def width(self) -> int:
         """Head pages of the longest head."""

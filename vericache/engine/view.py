@@ -181,6 +181,7 @@ class IterationView:
             tables = self._draft_tables[group.spans] = self._build_draft_tables(group)
         tail = tables[0] + layer * tables[1]
         if group.kind == "kept":
+            drafts = (self._spans[i].draft for i in group.spans)
             return ops.kept_attention(
                 q,
                 tables[3][layer],
@@ -191,6 +192,7 @@ class IterationView:
                 group.row_position,
                 page_size=g.page_size,
                 scale=self._scale,
+                as_full=not any(d.drops(layer) for d in drafts if isinstance(d, KeptDraft)),
             )
         draft = self._spans[group.spans[0]].draft
         assert isinstance(draft, QuantDraft)

@@ -86,4 +86,25 @@ inline bool rows_aligned16(const void* p, int64_t stride, int elem_bytes) {
   return aligned16(p) && stride * elem_bytes % 16 == 0;
 }
 
+// kWords words from memory aligned to their size, at most to 16 bytes.
+template <int kWords>
+__device__ __forceinline__ void load_words(uint32_t (&to)[kWords], const void* from) {
+  if constexpr (kWords % 4 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords / 4; ++i) {
+      const uint4 x = static_cast<const uint4*>(from)[i];
+      to[4 * i] = x.x, to[4 * i + 1] = x.y, to[4 * i + 2] = x.z, to[4 * i + 3] = x.w;
+    }
+  } else if constexpr (kWords % 2 == 0) {
+#pragma unroll
+    for (int i = 0; i < kWords / 2; ++i) {
+      const uint2 x = static_cast<const uint2*>(from)[i];
+      to[2 * i] = x.x, to[2 * i + 1] = x.y;
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kWords; ++i) to[i] = static_cast<const uint32_t*>(from)[i];
+  }
+}
+
 }  // namespace vericache::cuda

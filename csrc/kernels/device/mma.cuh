@@ -13,6 +13,11 @@
 
 namespace vericache::cuda {
 
+// Where 16-byte chunk `chunk` of a row lies, so that ldmatrix and copies are free of bank conflicts.
+__device__ __forceinline__ uint32_t swizzled(uint32_t base, int row, int row_bytes, int chunk) {
+  return base + uint32_t(row * row_bytes + ((chunk ^ (row & 7)) << 4));
+}
+
 __device__ __forceinline__ void ldmatrix_x4(uint32_t (&r)[4], uint32_t address) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])

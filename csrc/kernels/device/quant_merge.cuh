@@ -13,66 +13,10 @@
 
 #include "launch.cuh"
 #include "quant_state.cuh"
-#include "reduce.cuh"
 #include "shared_memory.cuh"
+#include "state_sum.cuh"
 
 namespace vericache::cuda {
-
-// Some channels of a state, and sums of such.
-template <int kChannels>
-struct QuantSum {
-  float reference = negative_infinity(), l = 0.f;
-  float o[kChannels] = {};
-
-  // To the reference `to`, at least the own one.
-  __device__ __forceinline__ void raise(float to) {
-    const float factor = weight_of(reference, to);
-    reference = to;
-    l *= factor;
-#pragma unroll
-    for (int j = 0; j < kChannels; ++j) o[j] *= factor;
-  }
-  __device__ __forceinline__ void add(const float (&x)[kChannels], float weight) {
-#pragma unroll
-    for (int j = 0; j < kChannels; ++j) o[j] = fmaf(x[j], weight, o[j]);
-  }
-  // What a state counts beside the largest reference; nothing if it holds no key.
-  static __device__ __forceinline__ float weight_of(float own, float largest) {
-    return own == negative_infinity() ? 0.f : fast_exp2(own - largest);
-  }
-  __device__ __forceinline__ void store_normalized(uint16_t* to) const {
-    static_assert(kChannels == 4 || kChannels == 2);
-    const float by = l > 0.f || l != l ? 1.f / l : 0.f;
-    uint32_t words[kChannels / 2];
-#pragma unroll
-    for (int j = 0; j < kChannels; j += 2) words[j / 2] = pack_bf16(o[j] * by, o[j + 1] * by);
-    if constexpr (kChannels == 4)
-      *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
-    else
-      *reinterpret_cast<uint32_t*>(to) = words[0];
-  }
-};
-
-template <int kChannels>
-__device__ __forceinline__ void load_channels(float (&to)[kChannels], const float* from) {
-  uint32_t words[kChannels];
-  load_words(words, from);
-#pragma unroll
-  for (int j = 0; j < kChannels; ++j) to[j] = __uint_as_float(words[j]);
-}
-
-// Past the L1: for what another kernel has written meanwhile.
-template <int kChannels>
-__device__ __forceinline__ void load_fresh(float (&to)[kChannels], const float* from) {
-  if constexpr (kChannels == 4) {
-    const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
-    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
-  } else {
-    static_assert(kChannels == 2);
-    const float2 x = __ldcg(reinterpret_cast<const float2*>(from));
-    to[0] = x.x, to[1] = x.y;
-  }
-}
 
 // What a block needs to know of a unit to merge its warps' states.
 struct QuantUnit {
@@ -97,7 +41,7 @@ __device__ __forceinline__ void merge_deposits(const QuantAttentionParams& p, co
   for (int task = threadIdx.x; task < unit.rows * kPieces; task += int(blockDim.x)) {
     const int row = task / kPieces, piece = task % kPieces;
     const auto has = [&](int w) { return (present >> w & 1) != 0; };
-    QuantSum<4> sum;
+    StateSum<4> sum;
     float2 ml[Shape::kWarps];
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) {
@@ -108,7 +52,7 @@ __device__ __forceinline__ void merge_deposits(const QuantAttentionParams& p, co
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) {
       if (!has(w)) continue;
-      const float weight = QuantSum<4>::weight_of(ml[w].x, sum.reference);
+      const float weight = StateSum<4>::weight_of(ml[w].x, sum.reference);
       float o[4];
       load_channels(o, reinterpret_cast<const float*>(deposits + w * apart) + task * 4);
       sum.add(o, weight);
@@ -159,33 +103,10 @@ __device__ __forceinline__ void merge_states(const QuantAttentionParams& p, cons
                                              const QuantStateRun& run, int row, int head,
                                              MergeParts<kHeadDim, kRowWarps>& parts) {
   constexpr int kPer = kHeadDim / 32;             // channels a lane
-  constexpr int kBatch = kRowWarps == 1 ? 4 : 5;  // states loaded before the first is used
+  constexpr int kBatch = kRowWarps == 1 ? 4 : 5;  // more take too many registers
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   const int each = (run.count + kRowWarps - 1) / kRowWarps, from = warp % kRowWarps * each;
-  const int to = min(run.count, from + each);
-  QuantSum<kPer> sum;
-  for (int begin = from; begin < to; begin += kBatch) {
-    const int64_t first = run.first + int64_t(begin) * item_rows;
-    const float2* from_ml = states.ml + first;
-    const float* from_o = states.o + first * kHeadDim + lane * kPer;
-    const int count = min(kBatch, to - begin);
-    float2 ml = make_float2(negative_infinity(), 0.f);
-    if (lane < count) ml = __ldcg(from_ml + lane * item_rows);
-    float o[kBatch][kPer];
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) {  // all loads first: they are independent
-#pragma unroll
-      for (int j = 0; j < kPer; ++j) o[i][j] = 0.f;
-      if (i < count) load_fresh(o[i], from_o + i * item_rows * kHeadDim);
-    }
-    float largest = fmaxf(sum.reference, ml.x);
-    for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    sum.raise(largest);
-    const float weight = sum.weight_of(ml.x, largest);
-    sum.l += warp_sum(ml.y * weight);
-#pragma unroll
-    for (int i = 0; i < kBatch; ++i) sum.add(o[i], __shfl_sync(0xffffffffu, weight, i));
-  }
+  auto sum = sum_states<kHeadDim, kBatch>(states, run.first, item_rows, from, min(run.count, from + each), lane);
   if constexpr (kRowWarps > 1) {
 #pragma unroll
     for (int j = 0; j < kPer; ++j) parts.o[warp][lane * kPer + j] = sum.o[j];

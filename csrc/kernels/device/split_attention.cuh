@@ -81,10 +81,6 @@ struct AttentionArgs {
   int slots;
 };
 
-__device__ __forceinline__ uint32_t swizzled(uint32_t base, int row, int row_bytes, int chunk) {
-  return base + uint32_t(row * row_bytes + ((chunk ^ (row & 7)) << 4));
-}
-
 template <class Keys, class Shape>
 struct AttentionBlock {
   using Smem = AttentionSmem<Shape>;

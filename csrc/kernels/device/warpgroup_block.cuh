@@ -7,6 +7,7 @@
 #include "l2_policy.cuh"
 #include "row_copy.cuh"
 #include "split_attention.cuh"
+#include "tagged_counter.cuh"
 #include "wgmma_rs.cuh"
 
 namespace vericache::cuda {
@@ -32,23 +33,11 @@ struct WarpgroupShape {
   static constexpr int kConsumerRegisters = 200, kProducerRegisters = kWarpgroups == 2 ? 104 : 120;
 };
 
-// Items handed out beyond the first of each block, counted in the workspace, whose contents are unknown before a
-// launch: a tag in the high word, the count in the low one. Block 0 sets (tag, 0); adding to one that does not carry
-// the tag yet is repeated; the last to add clears it, so that no launch meets another's tag, a NaN no arithmetic makes.
-using TaggedCounter = unsigned long long;
-inline constexpr TaggedCounter kFreshCounter = 0xffa5c3e1ull << 32;
-
-// What an addition of one has returned, as the count before it.
-__device__ __forceinline__ int counted(TaggedCounter* counter, TaggedCounter old) {
-  while (old >> 32 != kFreshCounter >> 32) old = atomicAdd(counter, 1ull);
-  return int(old & 0xffffffffu);
-}
-
 template <class Keys>
 struct WarpgroupArgs {
   typename Keys::Params p;
   PartialStates partial;  // state (row, head, split) at index (row * q_heads + head) * max_splits + split
-  TaggedCounter* work;
+  TaggedCounter* work;    // items handed out beyond the first of each block; block 0 sets it
   int max_splits;
   int box_rows;                      // tokens of a box of `map`: kTileTokens or kGranuleTokens
   uint64_t kv_policy, state_policy;  // of row_copy.cuh

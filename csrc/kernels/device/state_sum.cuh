@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// Sums of partial states, where R1 asks for nothing (draft attention): each lane of a warp holds some channels.
+#pragma once
+
+#include "element.cuh"
+#include "reduce.cuh"
+#include "softmax_state.cuh"
+
+namespace vericache::cuda {
+
+// Some channels of a state, and sums of such.
+template <int kChannels>
+struct StateSum {
+  float reference = negative_infinity(), l = 0.f;
+  float o[kChannels] = {};
+
+  // To the reference `to`, at least the own one.
+  __device__ __forceinline__ void raise(float to) {
+    const float factor = weight_of(reference, to);
+    reference = to;
+    l *= factor;
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) o[j] *= factor;
+  }
+  __device__ __forceinline__ void add(const float (&x)[kChannels], float weight) {
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) o[j] = fmaf(x[j], weight, o[j]);
+  }
+  // What a state counts beside the largest reference; nothing if it holds no key.
+  static __device__ __forceinline__ float weight_of(float own, float largest) {
+    return own == negative_infinity() ? 0.f : fast_exp2(own - largest);
+  }
+  __device__ __forceinline__ void store_normalized(uint16_t* to) const {
+    static_assert(kChannels == 4 || kChannels == 2);
+    const float by = l > 0.f || l != l ? 1.f / l : 0.f;
+    uint32_t words[kChannels / 2];
+#pragma unroll
+    for (int j = 0; j < kChannels; j += 2) words[j / 2] = pack_bf16(o[j] * by, o[j + 1] * by);
+    if constexpr (kChannels == 4)
+      *reinterpret_cast<uint2*>(to) = {words[0], words[1]};
+    else
+      *reinterpret_cast<uint32_t*>(to) = words[0];
+  }
+};
+
+template <int kChannels>
+__device__ __forceinline__ void load_channels(float (&to)[kChannels], const float* from) {
+  uint32_t words[kChannels];
+  load_words(words, from);
+#pragma unroll
+  for (int j = 0; j < kChannels; ++j) to[j] = __uint_as_float(words[j]);
+}
+
+// Past the L1: for what another kernel has written meanwhile.
+template <int kChannels>
+__device__ __forceinline__ void load_fresh(float (&to)[kChannels], const float* from) {
+  if constexpr (kChannels == 4) {
+    const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+  } else {
+    static_assert(kChannels == 2);
+    const float2 x = __ldcg(reinterpret_cast<const float2*>(from));
+    to[0] = x.x, to[1] = x.y;
+  }
+}
+
+// Sums up states from .. to - 1 of those from index `first` on, `apart` apart: a warp, kHeadDim / 32 channels a lane.
+// kBatch: so many are loaded before the first is used.
+template <int kHeadDim, int kBatch>
+__device__ __forceinline__ StateSum<kHeadDim / 32> sum_states(const PartialStates& states, int64_t first, int apart,
+                                                              int from, int to, int lane) {
+  static_assert(kBatch <= 32);
+  constexpr int kPer = kHeadDim / 32;
+  StateSum<kPer> sum;
+  for (int begin = from; begin < to; begin += kBatch) {
+    const int64_t at = first + int64_t(begin) * apart;
+    const float2* from_ml = states.ml + at;
+    const float* from_o = states.o + at * kHeadDim + lane * kPer;
+    const int here = min(kBatch, to - begin);
+    float2 ml = make_float2(negative_infinity(), 0.f);
+    if (lane < here) ml = __ldcg(from_ml + lane * apart);
+    float o[kBatch][kPer];
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {  // all loads first: they are independent
+#pragma unroll
+      for (int j = 0; j < kPer; ++j) o[i][j] = 0.f;
+      if (i < here) load_fresh(o[i], from_o + i * apart * kHeadDim);
+    }
+    float largest = fmaxf(sum.reference, ml.x);
+    for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    sum.raise(largest);
+    const float weight = sum.weight_of(ml.x, largest);
+    sum.l += warp_sum(ml.y * weight);
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) sum.add(o[i], __shfl_sync(0xffffffffu, weight, i));
+  }
+  return sum;
+}
+
+}  // namespace vericache::cuda
