@@ -70,7 +70,7 @@ struct KeptAttentionParams {
 struct QuantAttentionParams {
   const void* q;                // [rows, q_heads, head_dim] T
   void* out;                    // [rows, q_heads, head_dim] T, contiguous
-  const int64_t* quant_table;   // [requests, max_quant_pages] int64, quantized pages
+  const int64_t* quant_table;   // [requests, max_quant_pages] int64, quantized pages, not followed past quant_len
   const int32_t* quant_len;     // [requests] int32, a multiple of page_size, equal to tail_start
   const int64_t* tail_table;    // [requests, max_tail_pages] int64, full pages; entry 0 holds position quant_len
   const int32_t* row_offsets;   // [requests + 1] int32
