@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Quantized attention over batches: units that one block works on as a whole and units that the ends of blocks cut,
-// rows without keys, idle rows; and such calls one right after another, where each starts beside the one before it.
-// Used by attention_check.cu.
+// rows without keys, idle rows; and such calls one right after another in one workspace that holds anything at first,
+// where each starts beside the one before it. Used by attention_check.cu.
 #pragma once
 
 #include "attention_cases.cuh"
@@ -124,7 +124,8 @@ inline void check_quant_batch(Report& report, Heads h, int bits, int rows) {
   const auto add = [&](const std::vector<QuantBatch::Request>& requests, int idle_rows) {
     batches.emplace_back(h, bits, requests, idle_rows, unsigned(10 * batches.size()));
   };
-  add({{6400, 37, rows}, {0, 0, rows}, {64, 9, rows}, {0, 5, rows}, {12800, 64, rows}, {256, 64, 0}}, 2);
+  add({{6400, 37, rows}, {0, 0, rows}, {64, 9, rows}, {0, 5, rows}, {12800, 64, rows}, {1280, 300, rows}, {256, 64, 0}},
+      2);
   std::vector<QuantBatch::Request> many;
   for (int i = 0; i < 40; ++i) many.push_back({64 * (i % 7 * 5), i % 3 * 20, i % 4 ? rows : 0});
   add(many, 0);
@@ -132,6 +133,7 @@ inline void check_quant_batch(Report& report, Heads h, int bits, int rows) {
   add({{6400, 20, rows}}, 0);  // single requests one right after another
   add({{0, 5, rows}}, 0);
   add({{1280, 64, rows}}, 2);
+  add({{1280, 64, 0}}, 1);
 
   double worst = 0;
   std::vector<std::vector<uint16_t>> alone;  // each call by itself
@@ -142,6 +144,7 @@ inline void check_quant_batch(Report& report, Heads h, int bits, int rows) {
     workspace_bytes = std::max(workspace_bytes, cuda::quant_attention_workspace_bytes(b.params()));
   }
   const Buffer workspace(workspace_bytes);  // of all calls, as in a model
+  workspace.poison();
   std::vector<Buffer> outs;
   for (int call = 0; call < 30; ++call) {
     outs.emplace_back(batches[call % batches.size()].out_bytes());

@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
       if (i > 0) at[i] = at[i - 1];
       if (tile < end) {
         i == 0 ? at[0].seek(line, p, tile) : at[i].advance(line, p, warps, tile);
-        pages[i] = page_of(p, args.blob, at[i], Shape::kTailTokens);
+        pages[i] = page_of<Shape>(p, args.blob, at[i].request, at[i].tile, at[i].quant_tiles);
       }
     }
 #pragma unroll
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
   const auto look_ahead = [&] {
     if (next >= end) return;
     ahead.advance(line, p, warps, next);
-    page = page_of(p, args.blob, ahead, Shape::kTailTokens);
+    page = page_of<Shape>(p, args.blob, ahead.request, ahead.tile, ahead.quant_tiles);
   };
   const auto refill = [&](int slot) {
     if (next < end) {
@@ -114,11 +114,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
 
     if (flat < to) {
       QuantState<Shape> state;
-      const int column = unit.first_item + lane / 4 % Shape::kItemRows;
-      state.start(column < items ? static_cast<const uint16_t*>(p.q) + (unit.query0 + column / group) * p.q_stride_row +
-                                       (at.kv_head * group + column % group) * p.q_stride_head
-                                 : nullptr,
-                  lane);
+      state.start({state.q_row(p, unit.query0, unit.first_item, items, at.kv_head, lane), lane});
       do {
         cp_async_wait<kStages - 1>();
         __syncwarp();  // every lane's copies of the tile have landed
@@ -131,11 +127,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
         } else {
           const int skipped = (number - at.quant_tiles) * Shape::kTailTokens + at.quant_tiles * kQuantTokens;
           int seen[2];
-#pragma unroll
-          for (int r = 0; r < 2; ++r) {
-            const int i = unit.first_item + (lane % 4 * 2 + r) % Shape::kItemRows;
-            seen[r] = i < items ? p.row_position[unit.query0 + i / group] + 1 - skipped : 0;
-          }
+          state.count_seen(seen, p, unit.query0, unit.first_item, items, skipped, lane);
           state.tail(tile, tile + Shape::kTailHalf, c, lane, line.last_pos[at.request] + 1 - skipped, seen);
         }
         __syncwarp();  // the tile has been read

@@ -125,29 +125,44 @@ struct LineCursor {
   __device__ bool is_tail() const { return tile >= quant_tiles; }
 };
 
-// Every unit has `each` blocks, the first `extra` units one more.
+// Every unit has `each` blocks, two or more, the first `extra` units one more. Divisions stand before a block's first
+// load, so they are multiplications with 2^32 / divisor, rounded up: exact while dividend * divisor is below 2^32.
 struct QuantPieces {
   int each, extra;
+  uint32_t by_each, by_more;  // of each and each + 1
 
-  static QuantPieces make(int blocks, int units) { return {blocks / units, blocks % units}; }
+  static QuantPieces make(int blocks, int units) {
+    const auto by = [](int divisor) { return uint32_t(((1ull << 32) + divisor - 1) / divisor); };
+    const int each = blocks / units;
+    return {each, blocks % units, by(each), by(each + 1)};
+  }
   __device__ int count(int unit) const { return each + (unit < extra ? 1 : 0); }
   __device__ int first(int unit) const { return unit * each + min(unit, extra); }
   __device__ int unit_of(int block) const {
-    return block < extra * (each + 1) ? block / (each + 1) : (block - extra) / each;
+    return int(block < extra * (each + 1) ? __umulhi(block, by_more) : __umulhi(block - extra, by_each));
+  }
+  // Where piece `number` of a unit of so many tiles begins. Pieces meet and cover the unit whether or not it is exact.
+  __device__ int begin(int unit, int tiles, int number) const {
+    return int(__umulhi(uint32_t(tiles) * uint32_t(number), unit < extra ? by_more : by_each));
   }
 };
 
 inline constexpr int kSingleRows = 32;  // query rows at most where a warp holds them, one a lane
 
-// The query rows and the last position of the only request; called by whole warps.
+// Rows and lengths of the only request; called by whole warps. In two steps, so that more can be asked for between.
 struct QuantSpan {
-  int query0, rows, last;
+  int query0, rows, last, quant_tiles;  // last: position
 
-  static __device__ __forceinline__ QuantSpan load(const QuantAttentionParams& p, int lane) {
-    const int position = lane < p.rows ? p.row_position[lane] : -1;
-    const int query0 = p.row_offsets[0], end = p.row_offsets[1];
-    const bool own = lane >= query0 && lane < end;
-    return {query0, end - query0, __reduce_max_sync(0xffffffffu, own ? position : -1)};
+  struct Loads {
+    int position, query0, end, quant_len;
+
+    __device__ __forceinline__ QuantSpan span(int lane) const {
+      const bool own = lane >= query0 && lane < end;
+      return {query0, end - query0, __reduce_max_sync(0xffffffffu, own ? position : -1), quant_len / kQuantTokens};
+    }
+  };
+  static __device__ __forceinline__ Loads load(const QuantAttentionParams& p, int lane) {
+    return {lane < p.rows ? p.row_position[lane] : -1, p.row_offsets[0], p.row_offsets[1], p.quant_len[0]};
   }
 };
 

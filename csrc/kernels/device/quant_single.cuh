@@ -6,6 +6,10 @@
 // next tile. A warp's ring holds half tiles, K and V in turn: a half is refilled as soon as it has been read, which
 // keeps more on its way in the same shared memory.
 //
+// A multiprocessor holds one block: its start, that is lengths, page addresses and first half tile, one after another,
+// follows the end of the block before it. So no division stands before the first load, q is asked for before the rest
+// of the ring and awaited after it, and only rows that exist are merged.
+//
 // Until the wait for the kernel before, a warp has one half on its way at a time, and some warps none. The merge of the
 // call before runs meanwhile, and its loads and stores queue behind whatever has been asked of the memory: whole rings
 // at once would be 7 to 9 us of it.
@@ -52,31 +56,29 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
   constexpr int kWarps = Shape::kWarps, kHalves = Shape::kHalves, kTurns = 32;
   const QuantAttentionParams& p = args.p;
   unsigned char* smem = dynamic_smem();
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = p.q_heads / p.kv_heads;
-  const int unit = args.pieces.unit_of(int(blockIdx.x)), pieces = args.pieces.count(unit);
-  const int piece = int(blockIdx.x) - args.pieces.first(unit);
-  const int kv_head = unit % p.kv_heads, first_item = unit / p.kv_heads * Shape::kItemRows;
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (!p.tables_settled) wait_for_previous_kernel();
-  const int quant_tiles = p.quant_len[0] / kQuantTokens;
-  const QuantSpan span = QuantSpan::load(p, lane);
+  let_next_kernel_start();  // the merge reads nothing before its own wait that is not there by now
+  const QuantSpan::Loads loads = QuantSpan::load(p, lane);
+  const int unit = args.pieces.unit_of(int(blockIdx.x)), piece = int(blockIdx.x) - args.pieces.first(unit);
+  const int group = p.q_heads / p.kv_heads;
+  int kv_head = unit, first_item = 0;
+  for (; kv_head >= p.kv_heads; kv_head -= p.kv_heads) first_item += Shape::kItemRows;
+  const QuantSpan span = loads.span(lane);
+  const int quant_tiles = span.quant_tiles;
   const int items = span.rows * group, tail = max(0, span.last + 1 - quant_tiles * kQuantTokens);
   const int tiles = first_item < items ? quant_tiles + (tail + Shape::kTailTokens - 1) / Shape::kTailTokens : 0;
-  const int begin = tiles * piece / pieces, end = tiles * (piece + 1) / pieces;
+  const int begin = args.pieces.begin(unit, tiles, piece), end = args.pieces.begin(unit, tiles, piece + 1);
+  const int most = end - begin <= Shape::kShortRun ? Shape::kEarlyHalves : kHalves;
+  const int early = warp < Shape::kEarlyWarps || !p.cache_settled ? most : 0;
 
   // This lane's tile among the warp's turns from `turn` on.
   const char* from = nullptr;
   const auto locate = [&](int turn) {
     const int tile = begin + warp + (turn + lane) * kWarps;
-    if (tile < quant_tiles && tile < end) {
-      from = reinterpret_cast<const char*>(p.quant_table[tile >> args.blob.tiles_log2]) +
-             int64_t(kv_head) * args.blob.head_bytes;
-    } else if (tile < end) {
-      const int number = tile - quant_tiles;
-      from = tail_rows<Shape>(p,
-                              reinterpret_cast<const char*>(
-                                  p.tail_table[number * Shape::kTailTokens / kQuantTokens >> args.blob.tiles_log2]),
-                              kv_head, number);
-    }
+    if (tile < end)
+      from =
+          keys_in<Shape>(page_of<Shape>(p, args.blob, 0, tile, quant_tiles), p, args.blob, kv_head, tile, quant_tiles);
   };
   locate(0);
 
@@ -103,8 +105,6 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
     ++next;
     next_slot = next_slot + 1 == kHalves ? 0 : next_slot + 1;
   };
-  const int most = end - begin <= Shape::kShortRun ? Shape::kEarlyHalves : kHalves;
-  const int early = warp < Shape::kEarlyWarps || !p.cache_settled ? most : 0;
 #pragma unroll 1
   for (int i = 0; i < early; ++i) {
     if (!p.cache_settled || begin + warp + i / 2 * kWarps >= quant_tiles)
@@ -113,20 +113,17 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
       cp_async_wait<0>();  // see above
     copy_next();
   }
+  using State = QuantState<typename Shape::Tile>;
+  const uint16_t* q_row = State::q_row(p, span.query0, first_item, items, kv_head, lane);
   wait_for_previous_kernel();
-  let_next_kernel_start();
 
   if (begin + warp < end) {
     const float c = p.scale * kLog2e;
-    QuantState<typename Shape::Tile> state;
-    const int column = first_item + lane / 4 % Shape::kItemRows;
-    state.start(column < items
-                    ? static_cast<const uint16_t*>(p.q) + int64_t(span.query0 + column / group) * p.q_stride_row +
-                          (kv_head * group + column % group) * p.q_stride_head
-                    : nullptr,
-                lane);
+    const typename State::Query query(q_row, lane);
 #pragma unroll 1
-    while (next < kHalves) copy_next();
+    while (next < kHalves) copy_next();  // behind q on its way, not behind its arrival
+    State state;
+    state.start(query);
     int slot = 0;
     const auto here = [&] { return smem + warp * Shape::kBytes + slot * Shape::kSlotBytes; };
     const auto step = [&] { slot = slot + 1 == kHalves ? 0 : slot + 1; };
@@ -145,11 +142,7 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
       } else {
         const int skipped = (tile - quant_tiles) * Shape::kTailTokens + quant_tiles * kQuantTokens;
         int seen[2];
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-          const int i = first_item + (lane % 4 * 2 + r) % Shape::kItemRows;
-          seen[r] = i < items ? p.row_position[span.query0 + i / group] + 1 - skipped : 0;
-        }
+        state.count_seen(seen, p, span.query0, first_item, items, skipped, lane);
         cp_async_wait<kHalves - 2>();
         __syncwarp();
         const unsigned char* keys = here();
@@ -166,10 +159,9 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
     state.deposit(o, reinterpret_cast<float2*>(o + Shape::kItemRows * Shape::kHeadDim), lane);
   }
   __syncthreads();  // deposits are there
-  QuantUnit whole{};
-  whole.rows = Shape::kItemRows;
-  merge_deposits<typename Shape::Tile>(p, args.states, whole, smem, Shape::kBytes,
-                                       (1u << min(end - begin, kWarps)) - 1);
+  QuantUnit part{};
+  part.rows = min(Shape::kItemRows, items - first_item);
+  merge_deposits<typename Shape::Tile>(p, args.states, part, smem, Shape::kBytes, (1u << min(end - begin, kWarps)) - 1);
 #else
   __trap();  // never launched elsewhere
 #endif

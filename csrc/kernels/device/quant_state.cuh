@@ -52,13 +52,40 @@ struct QuantState {
     return Shape::kBits == 2 ? multiply_bf16x2(word, places(i, 1)) : word;
   }
 
-  // `q_row`: q of the item row that this lane's column g stands for, or null if there is none.
-  __device__ void start(const uint16_t* q_row, int lane) {
-    const int t = lane % 4;
+  // q of the item row, of `items`, that this lane's column g stands for; null if there is none.
+  static __device__ __forceinline__ const uint16_t* q_row(const QuantAttentionParams& p, int64_t query0, int first_item,
+                                                          int items, int kv_head, int lane) {
+    const int group = p.q_heads / p.kv_heads, i = first_item + lane / 4 % Shape::kItemRows;
+    if (i >= items) return nullptr;
+    return static_cast<const uint16_t*>(p.q) + (query0 + i / group) * p.q_stride_row +
+           (kv_head * group + i % group) * p.q_stride_head;
+  }
+  // How many of the request's tokens from `before` on columns 2t, 2t + 1 see.
+  static __device__ __forceinline__ void count_seen(int (&seen)[2], const QuantAttentionParams& p, int64_t query0,
+                                                    int first_item, int items, int before, int lane) {
+    const int group = p.q_heads / p.kv_heads;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const int i = first_item + (lane % 4 * 2 + r) % Shape::kItemRows;
+      seen[r] = i < items ? p.row_position[query0 + i / group] + 1 - before : 0;
+    }
+  }
+
+  // This lane's part of it: what other loads may follow before start() waits for it.
+  struct Query {
+    uint32_t words[kChunks][kUnit] = {};
+
+    __device__ __forceinline__ Query(const uint16_t* q_row, int lane) {
+      if (q_row != nullptr)
+#pragma unroll
+        for (int c = 0; c < kChunks; ++c) load_words(words[c], q_row + c * kChannels + lane % 4 * (kChannels / 4));
+    }
+  };
+
+  __device__ void start(const Query& query) {
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
-      uint32_t words[kUnit] = {};
-      if (q_row != nullptr) load_words(words, q_row + c * kChannels + t * (kChannels / 4));
+      const auto& words = query.words[c];
 #pragma unroll
       for (int i = 0; i < kUnit; ++i) {
         if constexpr (Shape::kFp16) {

@@ -73,12 +73,14 @@ struct QuantBlob {
   }
 };
 
-__device__ __forceinline__ const char* page_of(const QuantAttentionParams& p, const QuantBlob& blob,
-                                               const LineCursor& c, int tail_tokens) {
-  const int64_t at = c.is_tail()
-                         ? p.tail_table[c.request * p.tail_stride_request +
-                                        ((c.tile - c.quant_tiles) * tail_tokens / kQuantTokens >> blob.tiles_log2)]
-                         : p.quant_table[c.request * p.quant_stride_request + (c.tile >> blob.tiles_log2)];
+// The page of a request's tile, of which the first `quant_tiles` are quantized.
+template <class Shape>
+__device__ __forceinline__ const char* page_of(const QuantAttentionParams& p, const QuantBlob& blob, int request,
+                                               int tile, int quant_tiles) {
+  const int64_t at = tile < quant_tiles
+                         ? p.quant_table[request * p.quant_stride_request + (tile >> blob.tiles_log2)]
+                         : p.tail_table[request * p.tail_stride_request +
+                                        ((tile - quant_tiles) * Shape::kTailTokens / kQuantTokens >> blob.tiles_log2)];
   return reinterpret_cast<const char*>(at);
 }
 
@@ -123,11 +125,13 @@ __device__ __forceinline__ void copy_half(const QuantBlob& blob, const char* fro
   copy_piece<Shape, Shape::kParam, false>(to + Shape::kZero, scale + blob.param, lane);
 }
 
-// Where the rows of tail tile `number` begin in its page; those of its values lie tail_half() further.
+// Where a tile's keys lie in its page: a quantized tile's head, whose values lie blob.half() further, or rows of the
+// tail, whose values lie tail_half() further.
 template <class Shape>
-__device__ __forceinline__ const char* tail_rows(const QuantAttentionParams& p, const char* page, int kv_head,
-                                                 int number) {
-  const int first = number * Shape::kTailTokens & (p.page_size - 1);
+__device__ __forceinline__ const char* keys_in(const char* page, const QuantAttentionParams& p, const QuantBlob& blob,
+                                               int kv_head, int tile, int quant_tiles) {
+  if (tile < quant_tiles) return page + int64_t(kv_head) * blob.head_bytes;
+  const int first = (tile - quant_tiles) * Shape::kTailTokens & (p.page_size - 1);
   return page + (int64_t(kv_head) * p.page_size + first) * Shape::kTailRow;
 }
 template <class Shape>
@@ -139,15 +143,15 @@ __device__ __forceinline__ int64_t tail_half(const QuantAttentionParams& p) {
 template <class Shape>
 __device__ __forceinline__ void copy_tile(const QuantAttentionParams& p, const QuantBlob& blob, const LineCursor& c,
                                           const char* page, uint32_t to, int lane) {
+  const char* keys = keys_in<Shape>(page, p, blob, c.kv_head, c.tile, c.quant_tiles);
   if (!c.is_tail()) {
-    const char* keys = page + int64_t(c.kv_head) * blob.head_bytes;
     const int first = (c.tile & ((1 << blob.tiles_log2) - 1)) * kQuantTokens;
     copy_half<Shape>(blob, keys, first, p.page_size, to, lane);
     copy_half<Shape>(blob, keys + blob.half(), first, p.page_size, to + Shape::kQuantHalf, lane);
     return;
   }
   // Whole rows, written or not: who reads the tile masks those past the last token.
-  const char* keys = tail_rows<Shape>(p, page, c.kv_head, c.tile - c.quant_tiles) + lane * 16;
+  keys += lane * 16;
   copy_piece<Shape, Shape::kTailHalf, false>(to, keys, lane);
   copy_piece<Shape, Shape::kTailHalf, false>(to + Shape::kTailHalf, keys + tail_half<Shape>(p), lane);
 }
