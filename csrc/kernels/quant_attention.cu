@@ -7,10 +7,10 @@
 // second kernel merges the states of units that lie in several runs (device/quant_merge.cuh). Item row i is query row
 // i / group, head i % group, as in split_attention.cuh. What a warp does with a tile: device/quant_state.cuh.
 //
-// Grid: one block a multiprocessor. Shared memory: the line, the states that warps deposit for the merge, a
-// ring of tiles a warp, filled by cp.async (device/quant_tile.cuh) and refilled beside the merge. Quantized tiles that
-// fit the rings are on their way before the kernel waits for the one before it, if the caller says that they are
-// settled: the merge of the call before, among others, so runs beside them.
+// Grid: one block a multiprocessor. Shared memory: the line, the states that warps deposit for the merge, a ring of half
+// tiles a warp (device/quant_ring.cuh), refilled beside the merge. Quantized tiles that fit the rings are on their way
+// before the kernel waits for the one before it, if the caller says that they are settled: the merge of the call
+// before, among others, so runs beside them.
 //
 // One request of few units takes kernels of its own (device/quant_single.cuh).
 // Other dtypes, head_dims, page and group sizes take device/simple_attention.cuh.
@@ -18,6 +18,7 @@
 
 #include "device/element.cuh"
 #include "device/quant_merge.cuh"
+#include "device/quant_ring.cuh"
 #include "device/quant_simple.cuh"
 #include "device/quant_single.cuh"
 #include "device/shared_memory.cuh"
@@ -39,9 +40,8 @@ __device__ __forceinline__ uint32_t turns(int first, int count, int warps) {
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
+__global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     quant_attention_kernel(const __grid_constant__ QuantArgs args) {
-  constexpr int kStages = Shape::kStages;
   const QuantAttentionParams& p = args.p;
   unsigned char* smem = dynamic_smem();
   const int warp = threadIdx.x / 32, warps = blockDim.x / 32, lane = threadIdx.x % 32, group = p.q_heads / p.kv_heads;
@@ -52,57 +52,31 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
 
   const int begin = line.begin(int(blockIdx.x)), end = line.begin(int(blockIdx.x) + 1);
   unsigned char* deposits = smem + Shape::line_bytes(p.requests);
-  unsigned char* ring = deposits + warps * Shape::kStateBytes + warp * Shape::kRingBytes;
-  int next = begin + warp;  // tile to be copied next
-  LineCursor ahead;         // its place
-  {
-    LineCursor at[kStages];
-    const char* pages[kStages];
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) {  // the addresses first: independent loads
-      const int tile = next + i * warps;
-      if (i > 0) at[i] = at[i - 1];
-      if (tile < end) {
-        i == 0 ? at[0].seek(line, p, tile) : at[i].advance(line, p, warps, tile);
-        pages[i] = page_of<Shape>(p, args.blob, at[i].request, at[i].tile, at[i].quant_tiles);
-      }
-    }
-#pragma unroll
-    for (int i = 0; i < kStages; ++i) {
-      if (next < end) {
-        if (!p.cache_settled || at[i].is_tail())
-          wait_for_previous_kernel();
-        else
-          cp_async_wait<0>();  // one tile a warp at a time: the merge of the call before needs the memory too
-        copy_tile<Shape>(p, args.blob, at[i], pages[i], smem_address(ring + i * Shape::kTileBytes), lane);
-      }
-      cp_async_commit();
-      next += warps;
-    }
-    ahead = at[kStages - 1];
+  QuantRing<Shape> ring{p, args.blob, deposits + warps * Shape::kStateBytes + warp * Shape::kRingBytes, lane};
+  const auto locate = [&](int turn) {
+    const int tile = begin + warp + (turn + lane) * warps;
+    if (tile >= end) return;
+    LineCursor at;
+    at.seek(line, p, tile);
+    ring.set(page_of<Shape>(p, args.blob, at.request, at.tile, at.quant_tiles), at.kv_head, at.tile, at.quant_tiles);
+  };
+  const auto copy_next = [&] { ring.copy_next(begin + warp + ring.next_turn() * warps < end, locate); };
+  locate(0);
+#pragma unroll 1
+  for (int i = 0; i < Shape::kHalves; ++i) {
+    if (!p.cache_settled || ring.next_is_tail())
+      wait_for_previous_kernel();
+    else
+      cp_async_wait<0>();  // one half a warp at a time: the merge of the call before needs the memory too
+    copy_next();
   }
-  const char* page = nullptr;  // of the tile at `ahead`: its address arrives while another tile is worked on
-  const auto look_ahead = [&] {
-    if (next >= end) return;
-    ahead.advance(line, p, warps, next);
-    page = page_of<Shape>(p, args.blob, ahead.request, ahead.tile, ahead.quant_tiles);
-  };
-  const auto refill = [&](int slot) {
-    if (next < end) {
-      copy_tile<Shape>(p, args.blob, ahead, page, smem_address(ring + slot * Shape::kTileBytes), lane);
-      next += warps;
-      look_ahead();
-    }
-    cp_async_commit();
-  };
-  look_ahead();
   LineCursor at;
   if (begin < end) at.seek(line, p, begin);
   wait_for_previous_kernel();
   let_next_kernel_start();
 
   const float c = p.scale * kLog2e;
-  int flat = begin + warp, slot = 0;
+  int flat = begin + warp;
   for (int from = begin; from < end;) {  // the part of a unit that lies in this run
     const int unit_begin = from - at.tile, to = min(end, unit_begin + at.tiles);
     QuantUnit unit;
@@ -116,23 +90,15 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, Shape::kBlocks)
       QuantState<Shape> state;
       state.start({state.q_row(p, unit.query0, unit.first_item, items, at.kv_head, lane), lane});
       do {
-        cp_async_wait<kStages - 1>();
-        __syncwarp();  // every lane's copies of the tile have landed
-        const unsigned char* tile = ring + slot * Shape::kTileBytes;
         const int number = flat - unit_begin;
         if (number < at.quant_tiles) {
-          uint32_t weights[4][2];
-          state.keys(tile, smem_address(tile), c, lane, weights);
-          state.values(tile + Shape::kQuantHalf, smem_address(tile) + Shape::kQuantHalf, lane, weights);
+          ring.take(state, c, copy_next);
         } else {
           const int skipped = (number - at.quant_tiles) * Shape::kTailTokens + at.quant_tiles * kQuantTokens;
           int seen[2];
           state.count_seen(seen, p, unit.query0, unit.first_item, items, skipped, lane);
-          state.tail(tile, tile + Shape::kTailHalf, c, lane, line.last_pos[at.request] + 1 - skipped, seen);
+          ring.take_tail(state, c, line.last_pos[at.request] + 1 - skipped, seen, copy_next);
         }
-        __syncwarp();  // the tile has been read
-        refill(slot);
-        slot = slot + 1 == kStages ? 0 : slot + 1;
         flat += warps;
       } while (flat < to);
       auto* o = reinterpret_cast<float*>(deposits + warp * Shape::kStateBytes);
@@ -163,12 +129,20 @@ bool pairs_groups(const QuantAttentionParams& p) {
   return p.bits == 2 && p.group == 32 && p.q_heads / p.kv_heads <= 4 && p.rows <= p.requests;
 }
 
-// Warps, each with two tiles in flight: more of either, or two blocks a multiprocessor, were slower.
-constexpr int warps_for(int bits, int group, bool paired) {
-  return bits == 8 ? 5 : bits > 4 ? 13 - bits : bits == 4 ? 8 : group == 32 && !paired ? 8 : 12;
+// What was fastest: warps, and halves of a warp's ring.
+struct LineRing {
+  int warps, halves;
+};
+constexpr LineRing line_ring(int bits, int group, bool paired) {
+  if (bits == 8) return {7, 3};
+  if (bits == 7) return {8, 2};
+  if (bits == 6 || bits == 5) return {8, 3};
+  if (bits == 4) return {12, 2};
+  return {group == 32 && !paired ? 8 : 12, 3};  // two sets of accumulators leave registers for 8
 }
 template <int kHeadDim, int kBits, int kGroup, bool kPaired>
-using ShapeFor = QuantShape<kHeadDim, kBits, kGroup, kPaired, warps_for(kBits, kGroup, kPaired), 2, 1>;
+using ShapeFor = QuantShape<kHeadDim, kBits, kGroup, kPaired, line_ring(kBits, kGroup, kPaired).warps,
+                            line_ring(kBits, kGroup, kPaired).halves>;
 
 int64_t max_states(const QuantAttentionParams& p, int item_rows, int blocks) {
   const int64_t row_blocks = int64_t(p.rows) * (p.q_heads / p.kv_heads) / item_rows + p.requests;
@@ -178,9 +152,8 @@ int64_t max_states(const QuantAttentionParams& p, int item_rows, int blocks) {
 template <class Shape>
 void launch_quant(const QuantAttentionParams& p, cudaStream_t stream) {
   constexpr auto kernel = quant_attention_kernel<Shape>;
-  static_assert(Shape::kBlocks == 1);  // quant_attention_workspace_bytes counts on it
   const DeviceInfo info = device_info();
-  const int blocks = info.multiprocessors * Shape::kBlocks;
+  const int blocks = info.multiprocessors;
   const int warps = std::min(Shape::kWarps, (info.smem_optin - Shape::line_bytes(p.requests)) / Shape::kWarpBytes);
   VC_CHECK(warps > 0, p.requests, " requests leave no shared memory for the attention kernel; use fewer a batch.");
   const auto states = PartialStates::at(p.workspace, max_states(p, Shape::kItemRows, blocks), Shape::kHeadDim);
@@ -191,16 +164,17 @@ void launch_quant(const QuantAttentionParams& p, cudaStream_t stream) {
 }
 
 // One request with few units: see quant_single.cuh.
-template <int kHeadDim, int kBits, int kGroup, int kWarps>
-using SingleTile = QuantShape<kHeadDim, kBits, kGroup, kBits == 2 && kGroup == 32, kWarps, 1, 1>;
+template <int kHeadDim, int kBits, int kGroup, int kWarps, int kHalves, int kEarlyWarps, int kEarlyHalves>
+using Single = QuantSingleShape<QuantShape<kHeadDim, kBits, kGroup, kBits == 2 && kGroup == 32, kWarps, kHalves>,
+                                kEarlyWarps, kEarlyHalves>;
 template <int kHeadDim, int kBits, int kGroup>
 struct SingleShape;  // what was fastest
 template <int kHeadDim, int kGroup>
-struct SingleShape<kHeadDim, 8, kGroup> : QuantSingleShape<SingleTile<kHeadDim, 8, kGroup, 8>, 3, 7, 3> {};
+struct SingleShape<kHeadDim, 8, kGroup> : Single<kHeadDim, 8, kGroup, 8, 3, 7, 3> {};
 template <int kHeadDim, int kGroup>
-struct SingleShape<kHeadDim, 4, kGroup> : QuantSingleShape<SingleTile<kHeadDim, 4, kGroup, 11>, 3, 8, 3> {};
+struct SingleShape<kHeadDim, 4, kGroup> : Single<kHeadDim, 4, kGroup, 11, 3, 8, 3> {};
 template <int kHeadDim, int kGroup>
-struct SingleShape<kHeadDim, 2, kGroup> : QuantSingleShape<SingleTile<kHeadDim, 2, kGroup, 12>, 5, 10, 2> {};
+struct SingleShape<kHeadDim, 2, kGroup> : Single<kHeadDim, 2, kGroup, 12, 5, 10, 2> {};
 
 constexpr bool has_single(int head_dim, int bits) { return head_dim == 128 && (bits == 2 || bits == 4 || bits == 8); }
 
@@ -226,16 +200,16 @@ void launch_single(const QuantAttentionParams& p, cudaStream_t stream) {
       PartialStates::at(p.workspace, max_states(p, Shape::kItemRows, info.multiprocessors), Shape::kHeadDim);
   const QuantSingleArgs args{p, QuantBlob::make(p), states, pieces};
   allow_all_smem<kernel>(info);
-  launch(kernel, {dim3(info.multiprocessors), dim3(32 * Shape::kWarps), size_t(Shape::kWarps * Shape::kBytes)}, info,
-         stream, args);
+  launch(kernel, {dim3(info.multiprocessors), dim3(32 * Shape::kWarps), size_t(Shape::kWarps * Shape::kRingBytes)},
+         info, stream, args);
   launch(merge, {dim3(p.rows * p.q_heads), dim3(32 * kMergeWarps), 0}, info, stream, args);
 }
 
 template <int kHeadDim, int kBits, int kGroup>
 void launch_group(const QuantAttentionParams& p, cudaStream_t stream) {
   if constexpr (has_single(kHeadDim, kBits)) {
-    using Single = SingleShape<kHeadDim, kBits, kGroup>;
-    if (takes_single<Single>(p)) return launch_single<Single>(p, stream);
+    using Shape = SingleShape<kHeadDim, kBits, kGroup>;
+    if (takes_single<Shape>(p)) return launch_single<Shape>(p, stream);
   }
   if constexpr (kBits == 2 && kGroup == 32) {
     if (pairs_groups(p)) return launch_quant<ShapeFor<kHeadDim, kBits, kGroup, true>>(p, stream);

@@ -19,9 +19,8 @@
 // multiprocessors.
 #pragma once
 
-#include <algorithm>
-
 #include "quant_merge.cuh"
+#include "quant_ring.cuh"
 
 namespace vericache::cuda {
 
@@ -32,18 +31,16 @@ struct QuantSingleArgs {
   QuantPieces pieces;
 };
 
-// kHalves: of a warp's ring. kEarlyWarps: those that ask for tiles before the wait for the kernel before. kEarlyHalves:
-// how many of their ring, of short runs; what is not asked for early follows q.
-template <class Tile_, int kHalves_, int kEarlyWarps_, int kEarlyHalves_>
+// kEarlyWarps: those that ask for tiles before the wait for the kernel before. kEarlyHalves: how many of their ring, of
+// short runs; what is not asked for early follows q.
+template <class Tile_, int kEarlyWarps_, int kEarlyHalves_>
 struct QuantSingleShape : Tile_ {
   using Tile = Tile_;
-  static constexpr int kHalves = kHalves_, kEarlyWarps = kEarlyWarps_, kEarlyHalves = kEarlyHalves_;
+  static constexpr int kEarlyWarps = kEarlyWarps_, kEarlyHalves = kEarlyHalves_;
   static constexpr int kShortRun = 4 * Tile::kWarps;  // tiles of a block at most
-  static constexpr int kSlotBytes =
-      (std::max({Tile::kQuantHalf, Tile::kTailHalf, Tile::kStateBytes / 2}) + 127) / 128 * 128;
-  static constexpr int kBytes = kHalves * kSlotBytes;  // of a warp's ring
-  static_assert(Tile::kWarps * kBytes <= 227 * 1024);  // what a block may have
-  static_assert(kHalves >= 2 && kEarlyHalves >= 1 && kEarlyHalves <= kHalves && kEarlyWarps <= Tile::kWarps);
+  static_assert(Tile::kStateBytes <= Tile::kRingBytes);
+  static_assert(Tile::kWarps * Tile::kRingBytes <= 227 * 1024);  // what a block may have
+  static_assert(kEarlyHalves >= 1 && kEarlyHalves <= Tile::kHalves && kEarlyWarps <= Tile::kWarps);
 };
 
 // Of a thread: 12 warps and a block of the merge (4 warps, 48 registers) leave each of the multiprocessor's four parts
@@ -53,7 +50,7 @@ inline constexpr int kSingleRegisters = 152;
 template <class Shape>
 __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_constant__ QuantSingleArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kWarps = Shape::kWarps, kHalves = Shape::kHalves, kTurns = 32;
+  constexpr int kWarps = Shape::kWarps, kHalves = Shape::kHalves;
   const QuantAttentionParams& p = args.p;
   unsigned char* smem = dynamic_smem();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -72,39 +69,13 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
   const int most = end - begin <= Shape::kShortRun ? Shape::kEarlyHalves : kHalves;
   const int early = warp < Shape::kEarlyWarps || !p.cache_settled ? most : 0;
 
-  // This lane's tile among the warp's turns from `turn` on.
-  const char* from = nullptr;
+  QuantRing<typename Shape::Tile> ring{p, args.blob, smem + warp * Shape::kRingBytes, lane};
   const auto locate = [&](int turn) {
     const int tile = begin + warp + (turn + lane) * kWarps;
-    if (tile < end)
-      from =
-          keys_in<Shape>(page_of<Shape>(p, args.blob, 0, tile, quant_tiles), p, args.blob, kv_head, tile, quant_tiles);
+    if (tile < end) ring.set(page_of<Shape>(p, args.blob, 0, tile, quant_tiles), kv_head, tile, quant_tiles);
   };
+  const auto copy_next = [&] { ring.copy_next(begin + warp + ring.next_turn() * kWarps < end, locate); };
   locate(0);
-
-  const uint32_t ring = smem_address(smem + warp * Shape::kBytes);
-  int next = 0, next_slot = 0;  // half to be copied next: of turn next / 2; its slot
-  // Copies it, if there is one; a group in any case.
-  const auto copy_next = [&] {
-    const int turn = next / 2, tile = begin + warp + turn * kWarps;
-    if (tile < end) {
-      if (next % (2 * kTurns) == 0 && next > 0) locate(turn);
-      const char* at =
-          reinterpret_cast<const char*>(__shfl_sync(0xffffffffu, reinterpret_cast<uint64_t>(from), turn % kTurns));
-      const uint32_t to = ring + next_slot * Shape::kSlotBytes;
-      if (tile < quant_tiles) {
-        copy_half<typename Shape::Tile>(args.blob, at + (next % 2 ? args.blob.half() : 0),
-                                        (tile & ((1 << args.blob.tiles_log2) - 1)) * kQuantTokens, p.page_size, to,
-                                        lane);
-      } else {  // whole rows, written or not: who reads the tile masks those past the last token
-        copy_piece<typename Shape::Tile, Shape::kTailHalf, false>(
-            to, at + (next % 2 ? tail_half<Shape>(p) : 0) + lane * 16, lane);
-      }
-    }
-    cp_async_commit();
-    ++next;
-    next_slot = next_slot + 1 == kHalves ? 0 : next_slot + 1;
-  };
 #pragma unroll 1
   for (int i = 0; i < early; ++i) {
     if (!p.cache_settled || begin + warp + i / 2 * kWarps >= quant_tiles)
@@ -121,47 +92,27 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
     const float c = p.scale * kLog2e;
     const typename State::Query query(q_row, lane);
 #pragma unroll 1
-    while (next < kHalves) copy_next();  // behind q on its way, not behind its arrival
+    while (ring.next < kHalves) copy_next();  // behind q on its way, not behind its arrival
     State state;
     state.start(query);
-    int slot = 0;
-    const auto here = [&] { return smem + warp * Shape::kBytes + slot * Shape::kSlotBytes; };
-    const auto step = [&] { slot = slot + 1 == kHalves ? 0 : slot + 1; };
     for (int tile = begin + warp; tile < end; tile += kWarps) {
-      cp_async_wait<kHalves - 1>();
-      __syncwarp();  // every lane's copies of the half have landed
       if (tile < quant_tiles) {
-        uint32_t weights[4][2];
-        state.keys(here(), smem_address(here()), c, lane, weights);
-        __syncwarp();  // it has been read
-        copy_next();
-        step();
-        cp_async_wait<kHalves - 1>();
-        __syncwarp();
-        state.values(here(), smem_address(here()), lane, weights);
+        ring.take(state, c, copy_next);
       } else {
         const int skipped = (tile - quant_tiles) * Shape::kTailTokens + quant_tiles * kQuantTokens;
         int seen[2];
         state.count_seen(seen, p, span.query0, first_item, items, skipped, lane);
-        cp_async_wait<kHalves - 2>();
-        __syncwarp();
-        const unsigned char* keys = here();
-        step();
-        state.tail(keys, here(), c, lane, span.last + 1 - skipped, seen);
-        __syncwarp();
-        copy_next();
+        ring.take_tail(state, c, span.last + 1 - skipped, seen, copy_next);
       }
-      __syncwarp();
-      copy_next();
-      step();
     }
-    auto* o = reinterpret_cast<float*>(smem + warp * Shape::kBytes);
+    auto* o = reinterpret_cast<float*>(smem + warp * Shape::kRingBytes);
     state.deposit(o, reinterpret_cast<float2*>(o + Shape::kItemRows * Shape::kHeadDim), lane);
   }
   __syncthreads();  // deposits are there
   QuantUnit part{};
   part.rows = min(Shape::kItemRows, items - first_item);
-  merge_deposits<typename Shape::Tile>(p, args.states, part, smem, Shape::kBytes, (1u << min(end - begin, kWarps)) - 1);
+  merge_deposits<typename Shape::Tile>(p, args.states, part, smem, Shape::kRingBytes,
+                                       (1u << min(end - begin, kWarps)) - 1);
 #else
   __trap();  // never launched elsewhere
 #endif

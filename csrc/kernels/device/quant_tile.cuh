@@ -8,19 +8,21 @@
 // bf16.
 #pragma once
 
+#include <algorithm>
+
 #include "cp_async.cuh"
 #include "quant_codes.cuh"
 #include "quant_line.cuh"
 
 namespace vericache::cuda {
 
-// kPaired: see quant_state.cuh. kWarps: of a block, at most. kStages: tiles of a warp's ring. kBlocks: of a
-// multiprocessor.
-template <int kHeadDim_, int kBits_, int kGroup_, bool kPaired_, int kWarps_, int kStages_, int kBlocks_>
+// kPaired: see quant_state.cuh. kWarps: of a block, at most. kHalves: half tiles of a warp's ring.
+template <int kHeadDim_, int kBits_, int kGroup_, bool kPaired_, int kWarps_, int kHalves_>
 struct QuantShape {
   static constexpr int kHeadDim = kHeadDim_, kBits = kBits_, kGroup = kGroup_;
   static constexpr bool kPaired = kPaired_;
-  static constexpr int kWarps = kWarps_, kStages = kStages_, kBlocks = kBlocks_;
+  static constexpr int kWarps = kWarps_, kHalves = kHalves_;
+  static_assert(kHalves >= 2);
   static constexpr int kUnit = QuantCodes<kBits>::kUnit;
   static constexpr bool kFp16 = QuantCodes<kBits>::kFp16;
 
@@ -40,14 +42,12 @@ struct QuantShape {
   static constexpr int kParam = kQuantTokens / kGroup * kHeadDim * 2;  // of keys and of values alike
   static constexpr int kScale = kCodes, kZero = kScale + kParam, kQuantHalf = kZero + kParam;
   static constexpr int kTailRow = kHeadDim * 2, kTailHalf = kTailTokens * kTailRow;
-  static constexpr int kQuantBytes = 2 * kQuantHalf;
-  static constexpr int kTileBytes = kQuantBytes > 2 * kTailHalf ? kQuantBytes : 2 * kTailHalf;
-  static_assert(kTileBytes % 128 == 0);
   static_assert(!kPaired || kChunkChannels == 2 * kGroup);
 
   // Shared memory: the line, then of as many warps as there is room for the states they deposit, then their rings.
   static constexpr int kStateBytes = (kItemRows * (kHeadDim * 4 + 8) + 127) / 128 * 128;
-  static constexpr int kRingBytes = kStages * kTileBytes, kWarpBytes = kStateBytes + kRingBytes;
+  static constexpr int kSlotBytes = (std::max(kQuantHalf, kTailHalf) + 127) / 128 * 128;
+  static constexpr int kRingBytes = kHalves * kSlotBytes, kWarpBytes = kStateBytes + kRingBytes;
   static __host__ __device__ int line_bytes(int requests) { return (QuantLine::ints(requests) * 4 + 127) / 128 * 128; }
 
   // Where byte `at` of a tile's codes lies.
@@ -137,23 +137,6 @@ __device__ __forceinline__ const char* keys_in(const char* page, const QuantAtte
 template <class Shape>
 __device__ __forceinline__ int64_t tail_half(const QuantAttentionParams& p) {
   return int64_t(p.kv_heads) * p.page_size * Shape::kTailRow;
-}
-
-// Starts copying the tile at `c`, whose page is `page`, to `to`.
-template <class Shape>
-__device__ __forceinline__ void copy_tile(const QuantAttentionParams& p, const QuantBlob& blob, const LineCursor& c,
-                                          const char* page, uint32_t to, int lane) {
-  const char* keys = keys_in<Shape>(page, p, blob, c.kv_head, c.tile, c.quant_tiles);
-  if (!c.is_tail()) {
-    const int first = (c.tile & ((1 << blob.tiles_log2) - 1)) * kQuantTokens;
-    copy_half<Shape>(blob, keys, first, p.page_size, to, lane);
-    copy_half<Shape>(blob, keys + blob.half(), first, p.page_size, to + Shape::kQuantHalf, lane);
-    return;
-  }
-  // Whole rows, written or not: who reads the tile masks those past the last token.
-  keys += lane * 16;
-  copy_piece<Shape, Shape::kTailHalf, false>(to, keys, lane);
-  copy_piece<Shape, Shape::kTailHalf, false>(to + Shape::kTailHalf, keys + tail_half<Shape>(p), lane);
 }
 
 }  // namespace vericache::cuda
