@@ -100,21 +100,49 @@ def test_kept_against_float64(device, dtype, q_heads, head_dim):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_kept_and_tail_can_be_empty(device):
+@pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float32), (128, torch.bfloat16)])
+def test_kept_and_tail_can_be_empty(device, head_dim, dtype):
     # Request 0: no kept rows, head 1 has neither kept rows nor a tail to look at: nothing to attend to gives zeros.
-    case = KeptCase([[40, 0]], [(64, [63])], 8, 64, torch.float32, device)
+    case = KeptCase([[40, 0]], [(64, [63])], 8, head_dim, dtype, device)
     got = case.run()
     assert_same_bits(got[:, 4:], torch.zeros_like(got[:, 4:]), "a head without keys")
     q, head_k, head_v, _, _ = case.rows[0]
-    assert_close(got[0, :4], attention64(q[:4], head_k[0][None], head_v[0][None], case.scale), torch.float32)
+    assert_close(got[0, :4], attention64(q[:4], head_k[0][None], head_v[0][None], case.scale), dtype)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("requests", [1, 3])
+@pytest.mark.parametrize("rows", [1, 5])
+def test_kept_as_full_gives_the_bits_of_paged(device, requests, rows):
+    heads, head_dim, page_size, tail_start, tokens = 2, 128, 64, 1664, 1700
+    k, v = (normal((heads, tokens, head_dim), torch.bfloat16, device, seed) for seed in (1, 2))
+    pages, address = full_pages(k, v, page_size)
+    tail, tail_address = full_pages(k, v, page_size, start=tail_start)
+    kept = [head_pages(k[h, :tail_start], v[h, :tail_start], page_size, seed=h) for h in range(heads)]
+    q = normal((requests * rows, 8, head_dim), torch.bfloat16, device, 3)
+    where = {
+        "row_offsets": int32([rows * r for r in range(requests + 1)], device),
+        "row_position": int32(list(range(tokens - rows, tokens)) * requests, device),
+        "page_size": page_size,
+        "scale": head_dim**-0.5,
+    }
+    full = ops.paged_attention(q, table([address] * requests, device), **where, kv_heads=heads)
+    got = ops.kept_attention(
+        q, table([a for _, a in kept] * requests, device).view(requests, heads, -1),
+        int32([tail_start] * heads * requests, device).view(requests, heads), table([tail_address] * requests, device),
+        int32([tail_start] * requests, device), **where, as_full=True,
+    )  # fmt: skip
+    assert_same_bits(got, full, "nothing dropped")
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("requests", [1, 20])  # on CUDA few units are cut otherwise than many
-def test_kept_does_not_depend_on_pages(device, dtype, requests):
-    kept, tails = [[3000, 2100], [10, 900]] * requests, [(3200, [3210]), (960, [970, 968])] * requests
-    case, moved = (KeptCase(kept, tails, 8, 64, dtype, device, seed=seed) for seed in (0, 50))
+@pytest.mark.parametrize("head_dim", [64, 128])
+@pytest.mark.parametrize("requests", [1, 2, 40])  # on CUDA one is cut otherwise than few, and few than many
+def test_kept_does_not_depend_on_pages(device, dtype, head_dim, requests):
+    kept = ([[3000, 2100], [10, 900]] * requests)[:requests]
+    tails = ([(3200, [3210]), (960, [970, 968])] * requests)[:requests]
+    case, moved = (KeptCase(kept, tails, 8, head_dim, dtype, device, seed=seed) for seed in (0, 50))
     assert not torch.equal(case.kept_table, moved.kept_table)
     got = case.run()
     assert_same_bits(moved.run(), got, "the same call in other pages")
