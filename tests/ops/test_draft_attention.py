@@ -116,8 +116,8 @@ def test_kept_and_tail_can_be_empty(device, head_dim, dtype):
 def test_kept_as_full_gives_the_bits_of_paged(device, requests, rows):
     heads, head_dim, page_size, tail_start, tokens = 2, 128, 64, 1664, 1700
     k, v = (normal((heads, tokens, head_dim), torch.bfloat16, device, seed) for seed in (1, 2))
-    pages, address = full_pages(k, v, page_size)
-    tail, tail_address = full_pages(k, v, page_size, start=tail_start)
+    _pages, address = full_pages(k, v, page_size)
+    _tail, tail_address = full_pages(k, v, page_size, start=tail_start)
     kept = [head_pages(k[h, :tail_start], v[h, :tail_start], page_size, seed=h) for h in range(heads)]
     q = normal((requests * rows, 8, head_dim), torch.bfloat16, device, 3)
     where = {
