@@ -111,7 +111,7 @@ def kept_attention(
         scale: factor of the scores.
         settled: as for `paged_attention`.
         as_full: true asks for the bits of `paged_attention` where no head of the batch has dropped a token and tails
-            begin at multiples of 64, so that such a draft is never refused. Slower for one request on a GPU.
+            begin at multiples of 64, so that such a draft is never refused. Slower for few requests on a GPU.
 
     Returns:
         T [rows, q_heads, head_dim].

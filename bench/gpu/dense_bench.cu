@@ -316,7 +316,7 @@ void codec_link_times(Report& report, const Buffer& raw, const Buffer& packed, s
   }
   VC_CUDA_CHECK(cudaMemcpy(pinned_raw.get(), raw.get(), raw_bytes, cudaMemcpyDeviceToHost));
   const Buffer back(raw_bytes), t_pinned = upload(table), t_back = upload(page_table(back.get(), elems * 2, kPages));
-  // In turns, several times: others share the link, and how much it carries changes within a second.
+  // In turns, several times: how much the link carries changes within a second.
   constexpr int kRounds = 7;
   Bf16PackParams p{t_back.get<int64_t>(), t_pinned.get<int64_t>(), nullptr, elems, kPages, 0};
   struct Path {

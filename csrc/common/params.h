@@ -64,7 +64,8 @@ struct KeptAttentionParams {
   DType dtype;
   bool tables_settled = false;  // as above
   bool cache_settled = false;   // the same for kept rows
-  bool as_full = false;         // where no head has dropped a token, paged_attention's bits are wanted
+  bool as_full = false;         // paged_attention's bits are wanted: where no head has dropped a token and tails begin
+                                // at multiples of 64
 };
 
 // Draft attention over a quantized cache (free of R1): quantized pages for positions 0 .. quant_len-1, then the tail.

@@ -7,9 +7,9 @@
 // second kernel merges the states of units that lie in several runs (device/quant_merge.cuh). Item row i is query row
 // i / group, head i % group, as in split_attention.cuh. What a warp does with a tile: device/quant_state.cuh.
 //
-// Grid: one block a multiprocessor. Shared memory: the line, the states that warps deposit for the merge, a ring of half
-// tiles a warp (device/quant_ring.cuh), refilled beside the merge. Quantized tiles that fit the rings are on their way
-// before the kernel waits for the one before it, if the caller says that they are settled: the merge of the call
+// Grid: one block a multiprocessor. Shared memory: the line, the states that warps deposit for the merge, a ring of
+// half tiles a warp (device/quant_ring.cuh), refilled beside the merge. Quantized tiles that fit the rings are on their
+// way before the kernel waits for the one before it, if the caller says that they are settled: the merge of the call
 // before, among others, so runs beside them.
 //
 // One request of few units takes kernels of its own (device/quant_single.cuh).

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // Kept attention for one request of few units, where the time between two calls' bytes counts most. For Hopper.
 //
-// Every KV head is cut into even pieces of one length, the shortest that gives a block at most one piece. A block's
+// Every KV head is cut into even pieces of one length, the shortest, of kLeastPieceTiles or more, that gives a block at
+// most one piece. A block's
 // warps take turns at tiles of 16 tokens and work alone until the piece ends; then one warp a row merges their states,
 // leaves the result in memory and counts (tagged_counter.cuh); whose count completes the head's pieces merges them. So
-// the next call's wait ends with the last block. A head's first block sets its counters; every block waits for one that
-// started before it.
+// the next call's wait ends with the last block. A head's first block sets its counters; every block waits for one of a
+// lower number.
 //
 // A warp's ring holds halves of tiles, K and V in turn: one is refilled as soon as it has been read. It is filled
 // before the wait for the kernel before, one half at a time, for what that kernel asks of the memory queues behind what
@@ -15,6 +16,7 @@
 // Grid: one block a multiprocessor. Shared memory: the rings, in which the warps' states are left at the end. Order: a
 // warp's tiles as they come, a block's warps by number, a row's states by piece, kKeptStatesAtOnce at a time,
 // whichever block merges them. Fixed by the lengths, the counts of rows and heads and the number of multiprocessors.
+// Held by bench/gpu/attention_check.cu.
 #pragma once
 
 #include "cp_async.cuh"

@@ -117,12 +117,6 @@ struct LineCursor {
     row_block = number / p.kv_heads;
     quant_tiles = line.quant_tiles[lo];
   }
-  // `count` tiles on, to tile `flat` of the line.
-  __device__ void advance(const QuantLine& line, const QuantAttentionParams& p, int count, int flat) {
-    tile += count;
-    if (tile >= tiles) seek(line, p, flat);
-  }
-  __device__ bool is_tail() const { return tile >= quant_tiles; }
 };
 
 // Every unit has `each` blocks, two or more, the first `extra` units one more. Divisions stand before a block's first

@@ -6,8 +6,6 @@
 // ring says so (`locate`, for all lanes), and which turns there are.
 #pragma once
 
-#include <algorithm>
-
 #include "quant_state.cuh"
 
 namespace vericache::cuda {

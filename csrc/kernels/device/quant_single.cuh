@@ -2,9 +2,7 @@
 // Quantized attention for one request, where the time between two calls' bytes counts most. For Hopper.
 //
 // There is no line to build: every unit is cut into equal pieces, one a block, and every piece leaves a state, an empty
-// one if it has no tiles, so that the merge depends on no length. Lane i of a warp holds the address of the warp's i-th
-// next tile. A warp's ring holds half tiles, K and V in turn: a half is refilled as soon as it has been read, which
-// keeps more on its way in the same shared memory.
+// one if it has no tiles, so that the merge depends on no length. Rings: quant_ring.cuh.
 //
 // A multiprocessor holds one block: its start, that is lengths, page addresses and first half tile, one after another,
 // follows the end of the block before it. So no division stands before the first load, q is asked for before the rest
@@ -16,7 +14,7 @@
 //
 // Grid: one block a multiprocessor. Shared memory: the rings, in which the warps' states are left at the end. Order: as
 // in quant_merge.cuh; a unit's states by piece. Fixed by the lengths, the counts of rows and heads and the number of
-// multiprocessors.
+// multiprocessors. Held by bench/gpu/quant_batch.cuh.
 #pragma once
 
 #include "quant_merge.cuh"

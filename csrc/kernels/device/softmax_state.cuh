@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Partial softmax states: how a tile of scores enters one, and how the states of a row's splits are merged. The only
-// place where either is done.
+// place where either is done of what R1 binds; draft attention has quant_state.cuh, kept_state.cuh and state_sum.cuh
+// besides.
 //
 // A state of some keys is (m, l, o[head_dim]): with x_j = s_j * scale * log2(e) and the state's reference m,
 // l = sum 2^(x_j - m) and o = sum 2^(x_j - m) v_j. Arithmetic that enters a row's bits is written with the rounding

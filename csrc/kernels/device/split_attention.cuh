@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The tensor-core attention kernel of bf16 pages: softmax(q k^T * scale) v for the rows of every request, one partial
-// state a (row, head, split). paged_attention.cu (full/verify) and kept_attention.cu say where the tokens lie.
+// state a (row, head, split). paged_attention.cu (full/verify) and kept_keys.cuh say where the tokens lie.
 //
 // Grid: at most one block a multiprocessor; each takes work items (request, KV head, split, row block) off the list of
 // splits.cuh, its own share of it or, when there are many, one by one from a counter. The rows of an item are the query

@@ -4,7 +4,7 @@
 // Reduction order (R1), the part fixed here: full and verify attention cut keys at absolute tokens (AbsoluteSplits).
 // Short contexts so get enough pieces to fill the chip, long ones few partial results, and long pieces run first so
 // that the short ones even out the end. Nothing here depends on rows, batch or device. Held by
-// bench/gpu/attention_check.cu. Draft attention has cuts of its own (kept_attention.cu).
+// bench/gpu/attention_check.cu. Draft attention has cuts of its own (kept_keys.cuh).
 #pragma once
 
 #include <cuda_runtime.h>

@@ -51,7 +51,7 @@ __device__ __forceinline__ void load_channels(float (&to)[kChannels], const floa
   for (int j = 0; j < kChannels; ++j) to[j] = __uint_as_float(words[j]);
 }
 
-// Past the L1: for what another kernel has written meanwhile.
+// Past the L1: for what other blocks, or another kernel, have written meanwhile.
 template <int kChannels>
 __device__ __forceinline__ void load_fresh(float (&to)[kChannels], const float* from) {
   if constexpr (kChannels == 4) {

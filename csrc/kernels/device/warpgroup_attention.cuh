@@ -9,9 +9,9 @@
 // Shared memory: a ring of slots of one tile (64 tokens of K, or of V): groups of 8 tokens, each head_dim / 64 parts of
 // [8 tokens][128 bytes] in the hardware's 128-byte swizzle, so that the memory is asked for both halves of a row soon
 // after each other; an item's record, its q in parts of [rows][128 bytes], and the positions of its rows; barriers; the
-// schedule. Whole tiles come as bulk copies, whose bytes the slot's barrier counts. A tile with
-// tokens that must not be read is copied by the producer's lanes, which put zeros there, so that memory past a
-// request's last token may hold anything.
+// schedule. Whole tiles come as bulk copies, whose bytes the slot's barrier counts. A tile with tokens that must not be
+// read is copied by the producer's lanes, which put zeros there, so that memory past a request's last token may hold
+// anything.
 //
 // Reduction order (R1). Per row and split: tiles of 64 tokens in order, cut at absolute multiples of 64. A score is the
 // chain of wgmma k-steps over channels 0-15, 16-31, ...; the weights of a tile enter o as the chain over its tokens

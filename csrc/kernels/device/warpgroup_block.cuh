@@ -40,7 +40,7 @@ struct WarpgroupArgs {
   TaggedCounter* work;    // items handed out beyond the first of each block; block 0 sets it
   int max_splits;
   int box_rows;                      // tokens of a box of `map`: kTileTokens or kGranuleTokens
-  uint64_t kv_policy, state_policy;  // of row_copy.cuh
+  uint64_t kv_policy, state_policy;  // of l2_policy.cuh
   bool q_boxes;                      // q comes in boxes of q_map: one part of the rows of a KV head's query heads
   CUtensorMap map, q_map;
 };

@@ -37,7 +37,7 @@ __device__ __forceinline__ void wgmma_settle(float (&d)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Of a tile at shared address `address`; + 2 moves 16 k on. apart: bytes from 8 rows to the next 8.
+// Of a tile at shared address `address`; + 2 moves 16 k on. kApart: bytes from 8 rows to the next 8.
 template <int kApart = 1024>
 __device__ __forceinline__ constexpr uint64_t wgmma_operand(uint32_t address) {
   constexpr uint64_t kSwizzle128 = uint64_t(1) << 62, kEightRows = uint64_t(kApart >> 4) << 32, kUnused = 1 << 16;

@@ -5,7 +5,7 @@
 // A (64 x 16): warp w of the warpgroup holds rows 16 w .. 16 w + 15, as mma.cuh's A fragment; the result lies as
 // wgmma.cuh says, so that neighbouring column tiles of a result are an A fragment of a next product.
 // B, not transposed: columns are rows of shared memory, 128 bytes of 64 k each (wgmma_operand; + 2 moves 16 k on).
-// B, transposed: 64 k are 64 rows of shared memory, 128 bytes of 64 columns each (the same; two times kApart moves 16 k
+// B, transposed: 64 k are 64 rows of shared memory, 128 bytes of 64 columns each (the same; + 2 kApart / 16 moves 16 k
 // on).
 // kApart: bytes from 8 rows of shared memory to the next 8.
 //
