@@ -52,8 +52,8 @@ KeptParams planned(const KeptAttentionParams& p) {
   if (4 * units > blocks || p.as_full) return plan;
   plan.pieces = blocks - units;
   // Memory for units of four times the mean length; if one is longer, all get longer pieces.
-  const int even = std::min((tiles + kLeastTiles - 1) / kLeastTiles, 4 * plan.pieces / units + 1);
-  plan.least_tiles = std::max(kLeastTiles, (tiles + even - 1) / even);
+  const int even = std::min(ceil_of(tiles, kLeastTiles), 4 * plan.pieces / units + 1);
+  plan.least_tiles = std::max(kLeastTiles, ceil_of(tiles, even));
   plan.max_splits = std::max(absolute, even);
   return plan;
 }

@@ -164,17 +164,18 @@ void launch_quant(const QuantAttentionParams& p, cudaStream_t stream) {
 }
 
 // One request with few units: see quant_single.cuh.
-template <int kHeadDim, int kBits, int kGroup, int kWarps, int kHalves, int kEarlyWarps, int kEarlyHalves>
-using Single = QuantSingleShape<QuantShape<kHeadDim, kBits, kGroup, kBits == 2 && kGroup == 32, kWarps, kHalves>,
-                                kEarlyWarps, kEarlyHalves>;
+struct SingleRing {
+  int warps, halves, early_warps, early_halves;
+};
+constexpr SingleRing single_ring(int bits) {
+  if (bits == 8) return {8, 3, 7, 3};
+  if (bits == 4) return {11, 3, 8, 3};
+  return {12, 5, 10, 2};
+}
 template <int kHeadDim, int kBits, int kGroup>
-struct SingleShape;  // what was fastest
-template <int kHeadDim, int kGroup>
-struct SingleShape<kHeadDim, 8, kGroup> : Single<kHeadDim, 8, kGroup, 8, 3, 7, 3> {};
-template <int kHeadDim, int kGroup>
-struct SingleShape<kHeadDim, 4, kGroup> : Single<kHeadDim, 4, kGroup, 11, 3, 8, 3> {};
-template <int kHeadDim, int kGroup>
-struct SingleShape<kHeadDim, 2, kGroup> : Single<kHeadDim, 2, kGroup, 12, 5, 10, 2> {};
+using SingleShape = QuantSingleShape<QuantShape<kHeadDim, kBits, kGroup, kBits == 2 && kGroup == 32,
+                                                single_ring(kBits).warps, single_ring(kBits).halves>,
+                                     single_ring(kBits).early_warps, single_ring(kBits).early_halves>;
 
 constexpr bool has_single(int head_dim, int bits) { return head_dim == 128 && (bits == 2 || bits == 4 || bits == 8); }
 

@@ -53,7 +53,7 @@ struct KeptKeys {
 
   static __device__ __forceinline__ Span span(const Params& p, int request, int kv_head, int, int last_position) {
     const int kept = p.kept_len[request * p.kv_heads + kv_head];
-    const int hole_end = (kept + kTileTokens - 1) / kTileTokens * kTileTokens;
+    const int hole_end = ceil_of(kept, kTileTokens) * kTileTokens;
     return {0, hole_end + max(0, last_position + 1 - p.tail_start[request]), kept, hole_end};
   }
   static __device__ __forceinline__ int2 row_range(const Params& p, const Span& s, int request, int position) {
