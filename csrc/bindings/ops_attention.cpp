@@ -135,10 +135,11 @@ KeptAttentionParams kept_params(const at::Tensor& q, const at::Tensor& kept_tabl
 
 at::Tensor kept_attention_cpu(const at::Tensor& q, const at::Tensor& kept_table, const at::Tensor& kept_len,
                               const at::Tensor& tail_table, const at::Tensor& tail_start, const at::Tensor& row_offsets,
-                              const at::Tensor& row_position, int64_t page_size, double scale, bool, bool) {
+                              const at::Tensor& row_position, int64_t page_size, double scale, bool, bool as_full) {
   at::Tensor out;
-  const KeptAttentionParams p =
+  KeptAttentionParams p =
       kept_params(q, kept_table, kept_len, tail_table, tail_start, row_offsets, row_position, page_size, scale, out);
+  p.as_full = as_full;
   check_rows(p);
   for (int32_t r = 0; r < p.requests; ++r) {
     if (p.row_offsets[r] == p.row_offsets[r + 1]) continue;  // without rows nothing of it is read

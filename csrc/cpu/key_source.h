@@ -236,7 +236,7 @@ class QuantPages final : public KeySource {
   int head_dim_, group_;
 };
 
-// A compressed part at keys 0 .. and the tail from `boundary`, a multiple of kSplit: no split holds keys of both.
+// A compressed part at keys 0 .. and the tail from `boundary`, a multiple of 16: no run holds keys of both.
 template <class Front, class Tail>
 class WithTail final : public KeySource {
  public:
@@ -255,7 +255,7 @@ class WithTail final : public KeySource {
   int64_t boundary_;
 };
 
-// Where the tail begins when `length` compressed keys lie before it.
+// Where the tail begins when `length` compressed keys lie before it: no split holds keys of both.
 inline int64_t tail_boundary(int64_t length) { return (length + kSplit - 1) / kSplit * kSplit; }
 
 }  // namespace vericache::cpu

@@ -127,13 +127,14 @@ def test_kept_idle_rows_are_zeros(device, head_dim, dtype):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("requests", [1, 3])
 @pytest.mark.parametrize("rows", [1, 5])
-def test_kept_as_full_gives_the_bits_of_paged(device, requests, rows):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kept_as_full_gives_the_bits_of_paged(device, requests, rows, dtype):
     heads, head_dim, page_size, tail_start, tokens = 2, 128, 64, 1664, 1700
-    k, v = (normal((heads, tokens, head_dim), torch.bfloat16, device, seed) for seed in (1, 2))
+    k, v = (normal((heads, tokens, head_dim), dtype, device, seed) for seed in (1, 2))
     _pages, address = full_pages(k, v, page_size)
     _tail, tail_address = full_pages(k, v, page_size, start=tail_start)
     kept = [head_pages(k[h, :tail_start], v[h, :tail_start], page_size, seed=h) for h in range(heads)]
-    q = normal((requests * rows, 8, head_dim), torch.bfloat16, device, 3)
+    q = normal((requests * rows, 8, head_dim), dtype, device, 3)
     where = {
         "row_offsets": int32([rows * r for r in range(requests + 1)], device),
         "row_position": int32(list(range(tokens - rows, tokens)) * requests, device),
