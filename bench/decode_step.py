@@ -17,7 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from torch import Tensor
 from bench._env import ROOT, environment
 from bench._timing import measure
 from bench.kernel_trace import kernels_of
-from bench.random_model import LLAMA_8B, TINY, random_llama
+from bench.random_model import LLAMA_8B, TINY, random_llama, with_qk_norm
 from vericache import ops
 from vericache.models.interface import RowSpan
 from vericache.models.llama import CausalLM
@@ -47,6 +47,7 @@ class Shape:
     name: str
     tokens: int
     rows: tuple[int, ...]  # a request
+    qk_norm: bool = False
 
 
 SHAPES = (
@@ -55,6 +56,7 @@ SHAPES = (
     Shape("1 x 32K", 32768, (1,)),
     Shape("1 x 128K", 131072, (1,)),
     Shape("8 x 8K, one verifies 31 rows", 8192, (31,) + (1,) * 7),
+    Shape("8 x 8K, QK-norm", 8192, (1,) * 8, qk_norm=True),
 )
 
 
@@ -273,6 +275,8 @@ def datasheet_rate(gpu: str) -> float | None:
 
 def run_shape(model: CausalLM, pool: Pool, shape: Shape, device: str, copy: float, gpu: str) -> dict[str, Any]:
     """Checks and times one shape."""
+    if shape.qk_norm:
+        model = with_qk_norm(model)
     case = Case(model, pool, shape, torch.Generator(device).manual_seed(3))
     graph = Graph(case.step())
     row: dict[str, Any] = {"shape": shape.name, "rows": sum(shape.rows), "tokens": shape.tokens}
@@ -331,7 +335,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         changes["num_hidden_layers"] = arguments.layers
     shapes = [s for s in SHAPES if not arguments.only or s.name in arguments.only]
     if arguments.tiny:
-        shapes = [Shape(f"{s.name} / 64", max(s.tokens // 64, 64), s.rows) for s in shapes]
+        shapes = [replace(s, name=f"{s.name} / 64", tokens=max(s.tokens // 64, 64)) for s in shapes]
     device = arguments.device
     model = random_llama(device, **changes)
     if device.startswith("cuda"):

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -40,6 +41,7 @@ TINY: dict[str, Any] = {
     "head_dim": 32,
     "max_position_embeddings": 4096,
 }
+QK_GAIN = 1.6  # of queries and keys
 
 
 def random_llama(device: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> CausalLM:
@@ -72,7 +74,7 @@ def random_llama(device: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16
 
     def qkv() -> Tensor:
         weight = noise(config.qkv_size, hidden)
-        weight[: q_size + kv_size] *= 1.6
+        weight[: q_size + kv_size] *= QK_GAIN
         return weight
 
     layers = tuple(
@@ -88,3 +90,20 @@ def random_llama(device: str, seed: int = 0, dtype: torch.dtype = torch.bfloat16
     weights = ModelWeights(embedding, layers, norm(), noise(config.vocab_size, hidden, gain=2.0))
     cos, sin = rope_tables(config.rope, config.max_positions)
     return CausalLM(config, weights, cos.to(device), sin.to(device))
+
+
+def with_qk_norm(model: CausalLM, seed: int = 0) -> CausalLM:
+    """The same model, sharing its weights, with an RMSNorm on each q and k head, as Qwen3 has it.
+
+    Args:
+        model: one of `random_llama`.
+        seed: of the norms' weights.
+    """
+    w, generator = model.weights, torch.Generator(model.device).manual_seed(seed)
+
+    def head_norm() -> Tensor:
+        weight = torch.empty(model.config.head_dim, dtype=model.dtype, device=model.device)
+        return weight.normal_(QK_GAIN, 0.1, generator=generator)
+
+    layers = tuple(layer._replace(q_norm=head_norm(), k_norm=head_norm()) for layer in w.layers)
+    return CausalLM(replace(model.config, qk_norm=True), w._replace(layers=layers), model.cos, model.sin)

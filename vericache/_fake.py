@@ -49,8 +49,9 @@ def _linear_swiglu(x: Tensor, w: Tensor, bias: Tensor | None, weight_settled: bo
 
 @register_fake("vericache::linear_rope_write")
 def _linear_rope_write(
-    x: Tensor, w: Tensor, bias: Tensor | None, cos: Tensor, sin: Tensor, row_position: Tensor, row_page: Tensor,
-    q_heads: int, kv_heads: int, head_dim: int, page_size: int, weight_settled: bool = False,
+    x: Tensor, w: Tensor, bias: Tensor | None, q_norm: Tensor | None, k_norm: Tensor | None, cos: Tensor,
+    sin: Tensor, row_position: Tensor, row_page: Tensor, q_heads: int, kv_heads: int, head_dim: int,
+    page_size: int, eps: float, weight_settled: bool = False,
 ) -> Tensor:  # fmt: skip
     return x.new_empty((x.shape[0], q_heads, head_dim))
 

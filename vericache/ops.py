@@ -207,6 +207,8 @@ def linear_rope_write(
     x: Tensor,
     w: Tensor,
     bias: Tensor | None,
+    q_norm: Tensor | None,
+    k_norm: Tensor | None,
     cos: Tensor,
     sin: Tensor,
     row_position: Tensor,
@@ -216,15 +218,16 @@ def linear_rope_write(
     kv_heads: int,
     head_dim: int,
     page_size: int,
+    eps: float,
     weight_settled: bool = False,
 ) -> Tensor:
-    """`rope_write` of x @ w^T (+ bias), without QK-norm: bit for bit `rope_write(linear(x, w, bias), ...)`, in one op.
+    """`rope_write` of x @ w^T (+ bias): bit for bit `rope_write(linear(x, w, bias), ...)`, in one op.
 
     Args:
         x (T) [rows, k]: rows may be strided.
         w (T) [(q_heads + 2 * kv_heads) * head_dim, k]: all q heads, all k heads, all v heads; contiguous.
         bias (T) [(q_heads + 2 * kv_heads) * head_dim]: or None.
-        cos, sin, row_position, row_page: as in `rope_write`.
+        q_norm, k_norm, cos, sin, row_position, row_page, eps: as in `rope_write`.
         q_heads, kv_heads, head_dim, page_size: sizes.
         weight_settled: as in `linear`.
 
@@ -232,8 +235,9 @@ def linear_rope_write(
         T [rows, q_heads, head_dim]: rotated queries.
     """
     return _ops.linear_rope_write(
-        x, w, bias, cos, sin, row_position, row_page, q_heads, kv_heads, head_dim, page_size, weight_settled
-    )
+        x, w, bias, q_norm, k_norm, cos, sin, row_position, row_page, q_heads, kv_heads, head_dim, page_size, eps,
+        weight_settled,
+    )  # fmt: skip
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -6,7 +6,8 @@
 
 namespace vericache::bench {
 
-// linear_rope_write is bit for bit rope_write of the plain product, q and pages alike, at all row counts.
+// linear_rope_write is bit for bit rope_write of the plain product, q and pages alike, at all row counts, with QK-norm
+// and without, in a workspace that holds what the calls before have left there.
 template <class T>
 void rope_equality(Report& report, int q_heads, int kv_heads, int head_dim, int k, DType dtype, bool quick) {
   constexpr int kPageSize = 16, kPositions = 300;
@@ -14,7 +15,8 @@ void rope_equality(Report& report, int q_heads, int kv_heads, int head_dim, int 
   const size_t page_bytes = size_t(2) * kv_heads * kPageSize * head_dim * sizeof(T);
   const size_t q_bytes = size_t(q_heads) * head_dim * sizeof(T);
   const Buffer x = random_buffer<T>(size_t(all_rows) * k, 61), w = random_buffer<T>(size_t(n) * k, 62, 0.05f);
-  const Buffer bias = random_buffer<T>(n, 63), product(size_t(all_rows) * n * sizeof(T)), workspace(product.bytes());
+  const Buffer bias = random_buffer<T>(n, 63), product(size_t(all_rows) * n * sizeof(T));
+  const Buffer norms = random_buffer<T>(size_t(2) * head_dim, 66);
   const Buffer cos = random_buffer<float>(size_t(kPositions) * half, 64);
   const Buffer sin = random_buffer<float>(size_t(kPositions) * half, 65);
   const Buffer want_q(all_rows * q_bytes), got_q(all_rows * q_bytes + 64);
@@ -22,6 +24,8 @@ void rope_equality(Report& report, int q_heads, int kv_heads, int head_dim, int 
   Rng rng(7);
   uint64_t different = 0;
   bool guard = true, control = true;
+  const Buffer workspace(2 * product.bytes());
+  workspace.poison();
   for (int rows = 1; rows <= all_rows; rows += quick ? 33 : 1) {
     std::vector<int> slot(rows);  // of each row, in another order every time
     std::iota(slot.begin(), slot.end(), 0);
@@ -40,13 +44,16 @@ void rope_equality(Report& report, int q_heads, int kv_heads, int head_dim, int 
     rope.qkv = product.get(), rope.cos = cos.get<float>(), rope.sin = sin.get<float>();
     rope.row_position = d_position.get<int32_t>(), rope.row_page = d_want.get<int64_t>(), rope.q_out = want_q.get();
     rope.qkv_stride_row = n, rope.rows = rows, rope.q_heads = q_heads, rope.kv_heads = kv_heads;
-    rope.head_dim = head_dim, rope.page_size = kPageSize, rope.dtype = dtype;
+    rope.head_dim = head_dim, rope.page_size = kPageSize, rope.dtype = dtype, rope.eps = 1e-6f;
+    if (rows % 4 == 1 || rows % 4 == 2) rope.q_norm = norms.get<T>();
+    if (rows % 4 == 1 || rows % 4 == 3) rope.k_norm = norms.get<T>() + head_dim;
     LinearRopeWriteParams fused{linear_params(x.get(), w.get(), nullptr, rows, n, k, dtype, false), rope,
                                 workspace.get()};
     fused.product.bias = rows % 3 == 0 ? bias.get() : nullptr;
     fused.product.w_settled = rows % 2 == 0;
     fused.rope.qkv = nullptr, fused.rope.row_page = d_got.get<int64_t>(), fused.rope.q_out = got_q.get();
     got_q.poison(), got_pages.poison(), want_pages.poison();
+    if (cuda::linear_rope_write_workspace_bytes(fused) > workspace.bytes()) throw Error("the workspace is too small");
     cuda::linear_rope_write(fused, nullptr);
     LinearParams plain = fused.product;
     plain.out = product.get();

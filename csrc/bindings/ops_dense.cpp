@@ -138,10 +138,12 @@ std::tuple<at::Tensor, at::Tensor> add_rms_norm(const at::Tensor& x, const at::T
   return norm(x, &residual, weight, eps);
 }
 
-// Of rope_write and linear_rope_write: the sizes, the tables and where each row goes, for `rows` rows of `lead`.
-RopeWriteParams rope_params(const at::Tensor& lead, const char* lead_name, int64_t rows, const at::Tensor& cos,
-                            const at::Tensor& sin, const at::Tensor& row_position, const at::Tensor& row_page,
-                            int64_t q_heads, int64_t kv_heads, int64_t head_dim, int64_t page_size) {
+// Of rope_write and linear_rope_write: norms, sizes, tables and where each row goes, for `rows` rows of `lead`.
+RopeWriteParams rope_params(const at::Tensor& lead, const char* lead_name, int64_t rows,
+                            const std::optional<at::Tensor>& q_norm, const std::optional<at::Tensor>& k_norm,
+                            const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& row_position,
+                            const at::Tensor& row_page, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
+                            int64_t page_size, double eps) {
   RopeWriteParams p{};
   p.q_heads = positive_int(q_heads, "q_heads");
   p.kv_heads = positive_int(kv_heads, "kv_heads");
@@ -152,6 +154,12 @@ RopeWriteParams rope_params(const at::Tensor& lead, const char* lead_name, int64
   check_tensor(sin, at::kFloat, {cos.size(0), head_dim / 2}, lead, "sin", lead_name);
   check_tensor(row_position, at::kInt, {rows}, lead, "row_position", lead_name);
   check_tensor(row_page, at::kLong, {rows}, lead, "row_page", lead_name);
+  VC_CHECK(eps >= 0.0, "eps is ", eps, "; it must not be negative.");
+  if (q_norm) check_tensor(*q_norm, lead.scalar_type(), {head_dim}, lead, "q_norm", lead_name);
+  if (k_norm) check_tensor(*k_norm, lead.scalar_type(), {head_dim}, lead, "k_norm", lead_name);
+  p.q_norm = q_norm ? q_norm->const_data_ptr() : nullptr;
+  p.k_norm = k_norm ? k_norm->const_data_ptr() : nullptr;
+  p.eps = float(eps);
   p.cos = cos.const_data_ptr<float>();
   p.sin = sin.const_data_ptr<float>();
   p.row_position = row_position.const_data_ptr<int32_t>();
@@ -174,22 +182,16 @@ at::Tensor rope_write(const at::Tensor& qkv, const std::optional<at::Tensor>& q_
                       int64_t head_dim, int64_t page_size, double eps) {
   storage_dtype(qkv, "qkv");  // a supported one
   check_shape(qkv, {-1, -1}, "qkv");
-  RopeWriteParams p =
-      rope_params(qkv, "qkv", qkv.size(0), cos, sin, row_position, row_page, q_heads, kv_heads, head_dim, page_size);
-  VC_CHECK(eps >= 0.0, "eps is ", eps, "; it must not be negative.");
+  RopeWriteParams p = rope_params(qkv, "qkv", qkv.size(0), q_norm, k_norm, cos, sin, row_position, row_page, q_heads,
+                                  kv_heads, head_dim, page_size, eps);
   check_shape(qkv, {-1, (q_heads + 2 * kv_heads) * head_dim}, "qkv");
   check_last_axis_contiguous(qkv, "qkv");
-  if (q_norm) check_tensor(*q_norm, qkv.scalar_type(), {head_dim}, qkv, "q_norm", "qkv");
-  if (k_norm) check_tensor(*k_norm, qkv.scalar_type(), {head_dim}, qkv, "k_norm", "qkv");
 
   const at::Tensor q_out = at::empty({p.rows, q_heads, head_dim}, qkv.options());
   if (p.rows == 0) return q_out;
   p.qkv = qkv.const_data_ptr();
-  p.q_norm = q_norm ? q_norm->const_data_ptr() : nullptr;
-  p.k_norm = k_norm ? k_norm->const_data_ptr() : nullptr;
   p.q_out = q_out.data_ptr();
   p.qkv_stride_row = qkv.stride(0);
-  p.eps = float(eps);
 #ifdef VERICACHE_WITH_CUDA
   if (qkv.is_cuda()) {
     launch_cuda(qkv, p, cuda::rope_write);
@@ -202,13 +204,14 @@ at::Tensor rope_write(const at::Tensor& qkv, const std::optional<at::Tensor>& q_
 }
 
 at::Tensor linear_rope_write(const at::Tensor& x, const at::Tensor& w, const std::optional<at::Tensor>& bias,
+                             const std::optional<at::Tensor>& q_norm, const std::optional<at::Tensor>& k_norm,
                              const at::Tensor& cos, const at::Tensor& sin, const at::Tensor& row_position,
                              const at::Tensor& row_page, int64_t q_heads, int64_t kv_heads, int64_t head_dim,
-                             int64_t page_size, bool weight_settled) {
+                             int64_t page_size, double eps, bool weight_settled) {
   LinearRopeWriteParams p{};
   p.product = product_params(x, w, bias, std::nullopt, {.weight_settled = weight_settled});
-  p.rope =
-      rope_params(x, "x", p.product.rows, cos, sin, row_position, row_page, q_heads, kv_heads, head_dim, page_size);
+  p.rope = rope_params(x, "x", p.product.rows, q_norm, k_norm, cos, sin, row_position, row_page, q_heads, kv_heads,
+                       head_dim, page_size, eps);
   check_shape(w, {(q_heads + 2 * kv_heads) * head_dim, p.product.k}, "w");
 
   const at::Tensor q_out = at::empty({p.product.rows, q_heads, head_dim}, x.options());
@@ -271,8 +274,9 @@ TORCH_LIBRARY_FRAGMENT(vericache, m) {
       "Tensor");
   m.def("linear_swiglu(Tensor x, Tensor w, Tensor? bias, bool weight_settled=False) -> Tensor");
   m.def(
-      "linear_rope_write(Tensor x, Tensor w, Tensor? bias, Tensor cos, Tensor sin, Tensor row_position, "
-      "Tensor row_page, int q_heads, int kv_heads, int head_dim, int page_size, bool weight_settled=False) -> Tensor");
+      "linear_rope_write(Tensor x, Tensor w, Tensor? bias, Tensor? q_norm, Tensor? k_norm, Tensor cos, Tensor sin, "
+      "Tensor row_position, Tensor row_page, int q_heads, int kv_heads, int head_dim, int page_size, float eps, "
+      "bool weight_settled=False) -> Tensor");
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor out, Tensor residual_out)");
   m.def(

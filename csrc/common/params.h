@@ -159,11 +159,11 @@ struct RopeWriteParams {
   DType dtype;
 };
 
-// rope_write of the product x @ w^T (+ bias), rounded to T between the two: the bits of linear, then rope_write, with
-// no QK-norm. n is (q_heads + 2 * kv_heads) * head_dim. What the two hold in common must agree: rows and dtype.
+// rope_write of the product x @ w^T (+ bias), rounded to T between the two: the bits of linear, then rope_write. n is
+// (q_heads + 2 * kv_heads) * head_dim. What the two hold in common must agree: rows and dtype.
 struct LinearRopeWriteParams {
   LinearParams product;  // no residual, no swiglu, T out; `out`, its stride and `workspace` are not used
-  RopeWriteParams rope;  // q_norm and k_norm null; `qkv` and its stride are not used
+  RopeWriteParams rope;  // `qkv` and its stride are not used
   void* workspace;       // null on the CPU
 };
 

@@ -36,6 +36,7 @@
 #include "device/l2_policy.cuh"
 #include "device/launch.cuh"
 #include "device/linear_out.cuh"
+#include "device/linear_qk_norm.cuh"
 #include "device/linear_rope.cuh"
 #include "device/tensor_map.cuh"
 #include "device/wgmma.cuh"
@@ -47,6 +48,8 @@ namespace vericache::cuda {
 // Runs the product and returns true if it has a launch for it. rope: null, or where and how the product goes on.
 bool linear_narrow(const LinearParams& p, const RopeWriteParams* rope, const LinearHopperPlan& plan,
                    const DeviceInfo& info, cudaStream_t stream);
+// Whether it has one for a product that QK-norm follows.
+bool fuses_qk_norm(const LinearParams& p);
 void linear_mma(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream);
 void linear_simple(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream);
 
@@ -399,7 +402,8 @@ bool fuses_swiglu(const LinearParams& p, const DeviceInfo& info) {
 
 // Rotation and page write in the product's own kernel.
 bool fuses_rope(const LinearRopeWriteParams& p, const DeviceInfo& info) {
-  return info.hopper && !takes_simple(p.product) && can_fuse_rope(p.rope, p.product.bias);
+  if (!info.hopper || takes_simple(p.product) || !can_fuse_rope(p.rope, p.product.bias)) return false;
+  return !has_qk_norm(p.rope) || fuses_qk_norm(p.product);
 }
 
 // Another kernel for an unaligned x would be another order of addition for the same product.

@@ -36,6 +36,7 @@
 #include "device/l2_policy.cuh"
 #include "device/launch.cuh"
 #include "device/linear_out.cuh"
+#include "device/linear_qk_norm.cuh"
 #include "device/linear_rope.cuh"
 #include "device/tensor_map.cuh"
 #include "device/wgmma.cuh"
@@ -45,34 +46,53 @@ namespace vericache::cuda {
 namespace {
 
 constexpr int kChunkK = 64, kRowBytes = kChunkK * 2;  // k a chunk; bytes of a row of it
-constexpr int kParts = 4, kTokens = 64;
+constexpr int kMostParts = 4, kTokens = 64;
 constexpr int kSoloTokens = 32;                                 // most tokens of a block with all parts
 constexpr int kMultiplying = 128, kThreads = 2 * kMultiplying;  // thread kMultiplying copies
 constexpr int kMaxStages = 16;
 constexpr int kBarrierBytes = 8 * (2 * kMaxStages + 1);
+constexpr int kEndBytes = kBarrierBytes + norm_sums_bytes(kTokens);
 constexpr int kSharedSmem = 113 * 1024;  // of a block that leaves room for another
 
-// Of a block that takes `group` parts of k: chunks of a stage; pairs of each head in a tile that rotates.
-constexpr int chunks_a_stage(int group) { return group == kParts ? 4 : 1; }
-constexpr int rope_run(int group) { return 32 / group; }
+enum class NarrowEnd { kStore, kRope, kNormRope };  // linear, linear_rope_write without QK-norm and with it
+
+// kRows: of w in a tile. kGroup: parts of k a block takes. kRanks: blocks of a tile. kChunks: of a stage.
+template <int kRows_, int kGroup_, int kRanks_, int kChunks_, NarrowEnd kEnd_>
+struct NarrowShape {
+  static constexpr int kRows = kRows_, kGroup = kGroup_, kRanks = kRanks_, kChunks = kChunks_;
+  static constexpr NarrowEnd kEnd = kEnd_;
+  static constexpr bool kAlone = kRanks == 1, kRotates = kEnd != NarrowEnd::kStore;
+  // Pairs of each head in a tile that rotates.
+  static constexpr int kRun = kEnd == NarrowEnd::kNormRope ? kNormRun : 32 / kGroup;
+};
+template <int kPlanRows, NarrowEnd kEnd>
+using SoloShape = NarrowShape<kPlanRows / 4, 4, 1, 4, kEnd>;
+template <int kPlanRows, NarrowEnd kEnd>
+using PairShape = NarrowShape<kPlanRows / 2, 2, 2, 1, kEnd>;
+template <int kParts>
+using NormShape = NarrowShape<2 * kNormRun, kParts, 1, 2, NarrowEnd::kNormRope>;
+
+// Of a stage, of so many rows of x.
+int copied_tokens(int rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : 64; }
 
 struct NarrowArgs {
   LinearParams p;
-  int begin[kParts + 1];                       // first chunk of each part of k, and the end
+  int begin[kMostParts + 1];                   // first chunk of each part of k, and the end
   int box_tokens;                              // that are copied: 8, 16, 32 or 64
   int stages, stage_bytes, x_bytes, barriers;  // barriers: their offset in shared memory
   bool wide;                                   // bias, residual and out can be accessed 4 elements at a time
   uint64_t w_policy;                           // of device/l2_policy.cuh
   int head_runs_log2;                          // RopeTile::make
+  int norm_sums;                               // offset of finish_norm_rope's sums in shared memory
   RopeWriteParams rope;
 };
 
 // Who adds which rows of a tile, and where the sums lie meanwhile. A sum is all four parts; of a pair of blocks p0 +
 // p1, p2, p3. Each block has room for all sums of its own rows [sum][64 tokens][pitch], then for what it sends [64
 // tokens][pitch of the other].
-template <int kRows, int kGroup>
+template <class Shape>
 struct Shares {
-  static constexpr int kRanks = kParts / kGroup;
+  static constexpr int kRows = Shape::kRows, kRanks = Shape::kRanks;
   static constexpr int kSums = kRanks == 1 ? 1 : 3;
   // Of a pair the second block has two sums, so the first, which gets two, adds a third of the rows. Multiples of 16:
   // low and high rows together.
@@ -93,9 +113,9 @@ struct Shares {
 };
 
 // The copies of one block, stage after stage, part after part, by one thread.
-template <int kRows, int kGroup, bool kRope>
+template <class Shape>
 struct StageCopier {
-  static constexpr int kChunks = chunks_a_stage(kGroup);
+  static constexpr int kRows = Shape::kRows, kChunks = Shape::kChunks;
   const NarrowArgs& args;
   const CUtensorMap &w_map, &x_map;
   const uint32_t ring, full;
@@ -107,14 +127,14 @@ struct StageCopier {
   // `w`, `x`: which operands; the barrier expects both with w. A part's last stage may have chunks that are not used.
   __device__ void copy(int slot, bool w, bool x) const {
     const uint32_t stage = ring + slot * args.stage_bytes, barrier = full + 8 * slot;
-    const auto heads = RopeTile<rope_run(kGroup)>::make(tile, kRows, args.head_runs_log2);
+    const auto heads = RopeTile<Shape::kRun>::make(tile, kRows, args.head_runs_log2);
     if (w) mbarrier_expect(barrier, args.stage_bytes);
 #pragma unroll
     for (int c = 0; c < kChunks; ++c) {
       const int k = (chunk + c) * kChunkK;
       const uint32_t w_dst = stage + args.x_bytes + c * kRows * kRowBytes;
-      if (w && kRope) copy_heads(w_dst, w_map, k, heads.first_pair, heads.first_head, barrier, args.w_policy);
-      if (w && !kRope) copy_box(w_dst, w_map, k, tile * kRows, barrier, args.w_policy);
+      if (w && Shape::kRotates) copy_heads(w_dst, w_map, k, heads.first_pair, heads.first_head, barrier, args.w_policy);
+      if (w && !Shape::kRotates) copy_box(w_dst, w_map, k, tile * kRows, barrier, args.w_policy);
       if (x) copy_box(stage + c * args.box_tokens * kRowBytes, x_map, k, 0, barrier, kDropAsUsual);
     }
   }
@@ -126,10 +146,10 @@ struct StageCopier {
 };
 
 // Warpgroup 0: the sums of this block's parts. acc[0] is the only sum, or p0 + p1, or p2, and then acc[1] is p3.
-template <int kRows, int kGroup>
-__device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[2][kRows / 2], int rank, uint32_t ring,
-                                         uint32_t full, uint32_t empty) {
-  constexpr int kChunks = chunks_a_stage(kGroup);
+template <class Shape>
+__device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[2][Shape::kRows / 2], int rank,
+                                         uint32_t ring, uint32_t full, uint32_t empty) {
+  constexpr int kRows = Shape::kRows, kGroup = Shape::kGroup, kChunks = Shape::kChunks;
   const int lane = threadIdx.x % 32;
   const auto give_back = [&](int slot) {
     if (lane == 0) mbarrier_arrive(empty + 8 * slot);
@@ -195,9 +215,9 @@ __device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[2]
 }
 
 // A warp's 16 tokens of the block's sums to shared memory, each owner's rows apart.
-template <int kRows, int kGroup>
-__device__ __forceinline__ void spill(const float (&acc)[2][kRows / 2], float* sums, int rank) {
-  using S = Shares<kRows, kGroup>;
+template <class Shape>
+__device__ __forceinline__ void spill(const float (&acc)[2][Shape::kRows / 2], float* sums, int rank) {
+  using S = Shares<Shape>;
   const int lane = threadIdx.x % 32, token = threadIdx.x / 32 * 16 + lane / 4, column = lane % 4 * 2;
 #pragma unroll
   for (int i = 0; i < S::kRanks; ++i) {
@@ -217,23 +237,24 @@ __device__ __forceinline__ void spill(const float (&acc)[2][kRows / 2], float* s
 }
 
 // One thread sends `warp`'s 16 tokens of the sums of the other's rows to it.
-template <int kRows, int kGroup>
+template <class Shape>
 __device__ __forceinline__ void send(uint32_t sums, uint32_t arrived, int rank, int warp) {
-  using S = Shares<kRows, kGroup>;
+  using S = Shares<Shape>;
   const int other = 1 - rank, first = warp * 16 * S::pitch(other);
   for (int i = 0; i < S::sums(rank); ++i)
     copy_to_rank(map_to_rank(sums + 4 * (S::own(other, rank + i) + first), other),
                  sums + 4 * (S::sent(rank, i) + first), 16 * S::pitch(other) * 4, map_to_rank(arrived, other));
 }
 
-// kGroup: parts of k a block takes, 4 or 2.
-template <int kRows, int kGroup, bool kRope>
+template <class Shape>
 __global__ void __launch_bounds__(kThreads, 2)
     linear_narrow_wgmma(const __grid_constant__ NarrowArgs args, const __grid_constant__ CUtensorMap w_map,
                         const __grid_constant__ CUtensorMap x_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  using S = Shares<kRows, kGroup>;
-  constexpr bool kAlone = S::kRanks == 1;
+  using S = Shares<Shape>;
+  constexpr int kRows = Shape::kRows, kGroup = Shape::kGroup;
+  constexpr bool kAlone = Shape::kAlone;
+  [[maybe_unused]] constexpr bool kNorm = Shape::kEnd == NarrowEnd::kNormRope;
   extern __shared__ __align__(1024) uint8_t smem[];
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
   const int rank = int(blockIdx.x) % S::kRanks, tile = int(blockIdx.x) / S::kRanks;
@@ -241,9 +262,10 @@ __global__ void __launch_bounds__(kThreads, 2)
   const uint32_t arrived = empty + 8 * kMaxStages;
   if (ring % 1024 != 0) __trap();
   const int slices = (args.p.rows + 15) / 16;  // of 16 tokens: a warp's
-  using Copier = StageCopier<kRows, kGroup, kRope>;
+  using Copier = StageCopier<Shape>;
   Copier copier{args, w_map, x_map, ring, full, tile, (rank + 1) * kGroup, rank * kGroup, args.begin[rank * kGroup]};
   let_next_kernel_start();
+  if (kNorm) cluster_arrive();  // has started, so that its shared memory can be written
   if (threadIdx.x == kMultiplying) {
     for (int s = 0; s < args.stages; ++s) {
       mbarrier_init(full + 8 * s, 1);
@@ -262,7 +284,8 @@ __global__ void __launch_bounds__(kThreads, 2)
   } else {
     wait_for_previous_kernel();
     constexpr int kIdle = kMultiplying + 32;
-    if (kRope && threadIdx.x >= kIdle) prefetch_rope(args.rope, 0, args.p.rows, threadIdx.x - kIdle, kThreads - kIdle);
+    if (Shape::kRotates && threadIdx.x >= kIdle)
+      prefetch_rope(args.rope, 0, args.p.rows, threadIdx.x - kIdle, kThreads - kIdle);
   }
   __syncthreads();  // the barriers are initialized
 
@@ -282,16 +305,16 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   } else {
     float acc[2][kRows / 2];
-    multiply<kRows, kGroup>(args, acc, rank, ring, full, empty);
+    multiply<Shape>(args, acc, rank, ring, full, empty);
     named_barrier(1, kMultiplying);  // the whole ring has been used
     if (!kAlone) cluster_arrive();   // and may be overwritten by the others
-    if (warp < slices) spill<kRows, kGroup>(acc, sums, rank);
+    if (warp < slices) spill<Shape>(acc, sums, rank);
     mbarrier_arrive(arrived);
     if (!kAlone) {
       fence_for_async_proxy();
       __syncwarp();
       cluster_wait();  // so are theirs, and their barriers are initialized
-      if (threadIdx.x % 32 == 0 && warp < slices) send<kRows, kGroup>(ring, arrived, rank, warp);
+      if (threadIdx.x % 32 == 0 && warp < slices) send<Shape>(ring, arrived, rank, warp);
       __syncwarp();
     }
   }
@@ -311,8 +334,14 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
     return v;
   };
-  if constexpr (kRope) {
-    const auto heads = RopeTile<rope_run(kGroup)>::make(tile, kRows, args.head_runs_log2);
+  if constexpr (kNorm) {
+    const auto head = RopeTile<Shape::kRun>::make(tile, kRows, args.head_runs_log2);
+    cluster_wait();
+    finish_norm_rope<kTokens, kThreads>(args.rope, static_cast<const __nv_bfloat16*>(args.p.bias), head.first_head,
+                                        head.first_pair, args.head_runs_log2, args.p.rows,
+                                        reinterpret_cast<float*>(smem + args.norm_sums), total);
+  } else if constexpr (Shape::kRotates) {
+    const auto heads = RopeTile<Shape::kRun>::make(tile, kRows, args.head_runs_log2);
     const int vectors = S::rows(rank) / 8;  // of 4 pairs
     for (int i = threadIdx.x; i < args.p.rows * vectors; i += kThreads) {
       const int token = i / vectors, v = i % vectors, row = first + v / 2 * 16 + v % 2 * 4;
@@ -334,15 +363,16 @@ __global__ void __launch_bounds__(kThreads, 2)
 #endif
 }
 
-template <int kRows, int kGroup, bool kRope>
-void launch_narrow(const LinearParams& p, const RopeWriteParams* rope, const LinearHopperPlan& plan, int box_tokens,
+template <class Shape>
+bool launch_narrow(const LinearParams& p, const RopeWriteParams* rope, const LinearHopperPlan& plan,
                    const DeviceInfo& info, cudaStream_t stream) {
-  using S = Shares<kRows, kGroup>;
-  using Tile = RopeTile<rope_run(kGroup)>;
-  constexpr int kChunks = chunks_a_stage(kGroup);
+  using S = Shares<Shape>;
+  using Tile = RopeTile<Shape::kRun>;
+  constexpr int kRows = Shape::kRows, kChunks = Shape::kChunks;
+  const int box_tokens = copied_tokens(p.rows);
   NarrowArgs args{};
   args.p = p;
-  for (int i = 0; i <= kParts; ++i) args.begin[i] = plan.part_begin(i);
+  for (int i = 0; i <= plan.splits; ++i) args.begin[i] = plan.part_begin(i);
   args.wide = can_access_wide(p);
   args.w_policy = w_policy(p);
   args.box_tokens = box_tokens;
@@ -350,57 +380,66 @@ void launch_narrow(const LinearParams& p, const RopeWriteParams* rope, const Lin
   args.stage_bytes = args.x_bytes + kChunks * kRows * kRowBytes;
   int tiles = (p.n + kRows - 1) / kRows;
   CUtensorMap w_map;
-  if constexpr (kRope) {
+  int cluster = Shape::kRanks;
+  if constexpr (Shape::kRotates) {
     args.rope = *rope;
     args.head_runs_log2 = Tile::runs_log2(rope->head_dim);
     tiles = Tile::count(*rope, kRows);
-    w_map = bf16_heads_map(p.w, p.n / rope->head_dim, rope->head_dim, p.k, rope_run(kGroup),
-                           kRows / (2 * rope_run(kGroup)));
+    w_map = bf16_heads_map(p.w, p.n / rope->head_dim, rope->head_dim, p.k, Shape::kRun, kRows / (2 * Shape::kRun));
+    if (Shape::kEnd == NarrowEnd::kNormRope) cluster = 1 << args.head_runs_log2;  // a head
   } else {
     w_map = bf16_matrix_map(p.w, p.n, p.k, p.k, kRows);
   }
   const CUtensorMap x_map = bf16_matrix_map(p.x, p.rows, p.k, p.rows > 1 ? p.x_stride_row : p.k, box_tokens);
-  const int blocks = tiles * S::kRanks;
+  const int blocks = tiles * Shape::kRanks;
   const int most = blocks <= info.multiprocessors ? info.smem_optin : std::min(kSharedSmem, info.smem_optin);
-  const int budget = most - kBarrierBytes;
+  const int budget = most - kEndBytes;
   args.stages = std::min(kMaxStages, budget / args.stage_bytes);
   args.barriers = std::max(args.stages * args.stage_bytes, S::floats() * 4);
   VC_CHECK(args.stages >= 2 && args.barriers <= budget, "linear: a block may use ", budget,
            " bytes of shared memory on this GPU, ", std::max(2 * args.stage_bytes, S::floats() * 4), " are needed.");
   LaunchShape shape;
   shape.block = dim3(kThreads);
-  shape.smem = size_t(args.barriers + kBarrierBytes);
-  shape.cluster = S::kRanks;
+  args.norm_sums = args.barriers + kBarrierBytes;
+  shape.smem = size_t(args.barriers + kEndBytes);
+  shape.cluster = cluster;
   shape.grid = dim3(unsigned(blocks));
-  allow_all_smem<linear_narrow_wgmma<kRows, kGroup, kRope>>(info);
-  launch(linear_narrow_wgmma<kRows, kGroup, kRope>, shape, info, stream, args, w_map, x_map);
+  allow_all_smem<linear_narrow_wgmma<Shape>>(info);
+  launch(linear_narrow_wgmma<Shape>, shape, info, stream, args, w_map, x_map);
+  return true;
+}
+
+// Of a plan of four parts.
+template <NarrowEnd kEnd>
+bool launch_solo_or_pair(const LinearParams& p, const RopeWriteParams* rope, const LinearHopperPlan& plan,
+                         const DeviceInfo& info, cudaStream_t stream) {
+  const bool solo = p.rows <= kSoloTokens;
+  switch (rope ? plan.rope_rows() : plan.rows) {
+    case 192:
+      return solo ? launch_narrow<SoloShape<192, kEnd>>(p, rope, plan, info, stream)
+                  : launch_narrow<PairShape<192, kEnd>>(p, rope, plan, info, stream);
+    case 128:
+      return solo ? launch_narrow<SoloShape<128, kEnd>>(p, rope, plan, info, stream)
+                  : launch_narrow<PairShape<128, kEnd>>(p, rope, plan, info, stream);
+    default:
+      return false;
+  }
 }
 
 }  // namespace
 
+bool fuses_qk_norm(const LinearParams& p) { return p.rows <= kTokens && linear_hopper_plan(p.n, p.k).splits > 1; }
+
 bool linear_narrow(const LinearParams& p, const RopeWriteParams* rope, const LinearHopperPlan& plan,
                    const DeviceInfo& info, cudaStream_t stream) {
-  if (plan.splits != kParts || p.swiglu || p.rows > kTokens) return false;
-  const int box_tokens = p.rows <= 8 ? 8 : p.rows <= 16 ? 16 : p.rows <= 32 ? 32 : 64;
-  const auto launch_group = [&]<int kPlanRows, bool kRope>() {
-    if (box_tokens <= kSoloTokens)
-      launch_narrow<kPlanRows / 4, 4, kRope>(p, rope, plan, box_tokens, info, stream);
-    else
-      launch_narrow<kPlanRows / 2, 2, kRope>(p, rope, plan, box_tokens, info, stream);
-    return true;
-  };
-  const auto launch_tiles = [&]<int kPlanRows>() {
-    return rope ? launch_group.template operator()<kPlanRows, true>()
-                : launch_group.template operator()<kPlanRows, false>();
-  };
-  switch (rope ? plan.rope_rows() : plan.rows) {
-    case 192:
-      return launch_tiles.template operator()<192>();
-    case 128:
-      return launch_tiles.template operator()<128>();
-    default:
-      return false;
+  if (p.swiglu || p.rows > kTokens) return false;
+  if (rope && has_qk_norm(*rope)) {
+    return plan.splits == 4 ? launch_narrow<NormShape<4>>(p, rope, plan, info, stream)
+                            : launch_narrow<NormShape<2>>(p, rope, plan, info, stream);
   }
+  if (plan.splits != 4) return false;
+  if (rope) return launch_solo_or_pair<NarrowEnd::kRope>(p, rope, plan, info, stream);
+  return launch_solo_or_pair<NarrowEnd::kStore>(p, rope, plan, info, stream);
 }
 
 }  // namespace vericache::cuda

@@ -2,15 +2,12 @@
 // QK-norm (optional), rotary embedding and the write of K and V into their page, in one launch.
 //
 // Grid: (ceil(heads / 4), rows up to 65535, then a stride), heads = q_heads + 2 * kv_heads in the order of qkv. Block:
-// 4 warps, one head a warp. Lane l owns the kPairs pairs i = kPairs * l .. of the half-split rotation, that is elements
-// i and i + head_dim / 2. Shared memory: none.
+// 4 warps, one head a warp (device/rope_head.cuh). Shared memory: none.
 //
-// Reduction order (R1): a lane adds the squares of its low elements, then of its high ones, by fused multiply-add; then
-// the butterfly of device/reduce.cuh. It depends on head_dim alone. Held by bench/gpu/dense_check.cu (rope_write_*).
+// Reduction order (R1): that of device/rope_head.cuh. Held by bench/gpu/dense_check.cu (rope_write_*).
 #include "device/element.cuh"
 #include "device/launch.cuh"
-#include "device/reduce.cuh"
-#include "device/rotate.cuh"
+#include "device/rope_head.cuh"
 #include "launchers.h"
 
 namespace vericache::cuda {
@@ -19,66 +16,27 @@ namespace {
 
 constexpr int kWarps = 4;
 
-// kPairs neighbouring elements, moved in one access.
-template <class T, int kPairs>
-struct alignas(sizeof(T) * kPairs) Run {
-  T x[kPairs];
-};
-
-template <class T, int kPairs>
-__device__ __forceinline__ void load_run(const T* src, float (&x)[kPairs]) {
-  const auto run = *reinterpret_cast<const Run<T, kPairs>*>(src);
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) x[i] = to_float(run.x[i]);
-}
-
-template <class T, int kPairs>
-__device__ __forceinline__ void store_run(T* dst, const float (&x)[kPairs]) {
-  Run<T, kPairs> run;
-#pragma unroll
-  for (int i = 0; i < kPairs; ++i) run.x[i] = from_float<T>(x[i]);
-  *reinterpret_cast<Run<T, kPairs>*>(dst) = run;
-}
-
 // One head of one row by one warp. `dst` is null where nothing is to be written.
 template <class T, int kPairs>
 __device__ __forceinline__ void move_head(const RopeWriteParams& p, const T* src, const T* weight, bool rotate,
                                           int64_t position, T* dst) {
-  const int half = p.head_dim / 2, i = kPairs * int(threadIdx.x % 32);
-  const bool active = i < half;
-  float lo[kPairs] = {}, hi[kPairs] = {};
-  if (active) {
-    load_run(src + i, lo);
-    load_run(src + half + i, hi);
-  }
+  const int half = p.head_dim / 2, channel = kPairs * int(threadIdx.x % 32);
+  const bool active = channel < half;
+  RopeLane<kPairs> x;
+  if (active) x.load(src, channel, half);
   if (rotate && weight != nullptr) {
-    float squares = 0.0f;
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) squares = fmaf(lo[j], lo[j], squares);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) squares = fmaf(hi[j], hi[j], squares);
-    const float scale = 1.0f / sqrtf(warp_sum(squares) / float(p.head_dim) + p.eps);
-    if (active) {
-      float w_lo[kPairs], w_hi[kPairs];
-      load_run(weight + i, w_lo);
-      load_run(weight + half + i, w_hi);
-#pragma unroll
-      for (int j = 0; j < kPairs; ++j) {
-        lo[j] = round_to<T>(lo[j] * scale * w_lo[j]);
-        hi[j] = round_to<T>(hi[j] * scale * w_hi[j]);
-      }
-    }
+    RopeLane<kPairs> w;
+    if (active) w.load(weight, channel, half);
+    x.template norm<T>(w, p.head_dim, p.eps);
   }
   if (!active || dst == nullptr) return;
   if (rotate) {
     float cos[kPairs], sin[kPairs];
-    load_run(p.cos + position * half + i, cos);
-    load_run(p.sin + position * half + i, sin);
-#pragma unroll
-    for (int j = 0; j < kPairs; ++j) rotate_pair(lo[j], hi[j], cos[j], sin[j]);
+    load_run(p.cos + position * half + channel, cos);
+    load_run(p.sin + position * half + channel, sin);
+    x.rotate(cos, sin);
   }
-  store_run(dst + i, lo);
-  store_run(dst + half + i, hi);
+  x.store(dst, channel, half);
 }
 
 template <class T, int kPairs>
@@ -109,7 +67,7 @@ void rope_write(const RopeWriteParams& p, cudaStream_t stream) {
   if (p.rows <= 0) return;
   VC_CHECK(p.head_dim % 2 == 0 && p.head_dim > 0 && p.head_dim <= 256, "rope_write: head_dim is ", p.head_dim,
            "; it must be even and at most 256.");
-  const int half = p.head_dim / 2, pairs = half <= 32 ? 1 : half <= 64 ? 2 : 4;
+  const int half = p.head_dim / 2, pairs = rope_pairs(p.head_dim);
   VC_CHECK(half % pairs == 0, "rope_write: head_dim is ", p.head_dim,
            "; above 64 it must be a multiple of 4, above 128 of "
            "8.");

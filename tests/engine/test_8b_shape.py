@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""C1 and C2 on two layers of an 8B Llama with random weights, in all modes (on a GPU); a small shape on the CPU.
+"""C1 and C2 on two layers of an 8B Llama with random weights, in all modes (on a GPU); a small shape on the CPU. The
+same with QK-norm, as Qwen3 has it.
 
 The full vocabulary would only add time: 32000 entries here.
 """
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from bench.random_model import TINY, random_llama
+from bench.random_model import TINY, random_llama, with_qk_norm
 from tests.engine.harness import Arrival, difference, expected, keep_draft_kv, record, run
 from vericache.config import EngineConfig, SamplingParams
 from vericache.engine.engine import Engine
@@ -77,11 +78,18 @@ class Setup:
 
 
 @pytest.fixture(scope="module", params=["small", pytest.param("8b", marks=pytest.mark.cuda)])
-def setup(request: pytest.FixtureRequest) -> Setup:
+def plain(request: pytest.FixtureRequest) -> Setup:
     if request.param == "small":
         return Setup("small", random_llama("cpu", **TINY), (70, 129, 640, 1700), 64)
     model = random_llama("cuda", num_hidden_layers=2, vocab_size=32000, max_position_embeddings=4096)
     return Setup("8b", model, (1000, 1537, 2048, 3001), 256)
+
+
+@pytest.fixture(scope="module", params=["plain", "qk_norm"])
+def setup(request: pytest.FixtureRequest, plain: Setup) -> Setup:
+    if request.param == "plain":
+        return plain
+    return replace(plain, name=f"{plain.name}-qk-norm", model=with_qk_norm(plain.model))
 
 
 def test_every_mode_and_compressor(setup: Setup) -> None:
@@ -98,9 +106,10 @@ def test_every_mode_and_compressor(setup: Setup) -> None:
         totals["drafted"] += sum(output.stats.drafted for output in outputs)
         totals["matched"] += sum(output.stats.matched for output in outputs)
     totals["differences"] = len(problems)
-    if setup.name == "8b":
+    if setup.name.startswith("8b"):
         seconds = round(time.perf_counter() - started, 1)
-        record("engine-8b-shape-gpu", {**totals, "layers": 2, "compressors": list(COMPRESSORS), "seconds": seconds})
+        result = {**totals, "layers": 2, "compressors": list(COMPRESSORS), "seconds": seconds}
+        record(f"engine-{setup.name}-shape-gpu", result)
     assert not problems, f"{len(problems)} differ; the first: {problems[0]}"
     assert 0 < totals["matched"] < totals["drafted"], f"every draft alike proves little: {totals}"
 

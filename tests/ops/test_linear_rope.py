@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""linear_rope_write: bit for bit linear, then rope_write, q and pages alike, whatever rows share the call."""
+"""linear_rope_write: bit for bit linear, then rope_write, q and pages alike, whatever rows share the call, with
+QK-norm and without."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import pytest
@@ -39,6 +41,7 @@ class Shape:
             "kv_heads": self.kv_heads,
             "head_dim": self.head_dim,
             "page_size": PAGE_SIZE,
+            "eps": EPS,
         }
 
 
@@ -63,6 +66,9 @@ class Call:
         self.x = torch.randn(rows, shape.k, generator=rng).to(dtype).to(device)
         self.w = (torch.randn(n, shape.k, generator=rng) * shape.k**-0.5).to(dtype).to(device)
         self.bias = torch.randn(n, generator=rng).to(dtype).to(device)
+        self.norms = [(torch.rand(shape.head_dim, generator=rng) + 0.5).to(dtype).to(device) for _ in range(2)]
+        self.q_norm: Tensor | None = None
+        self.k_norm: Tensor | None = None
         angles = torch.rand(301, shape.head_dim // 2, generator=rng) * 6
         self.cos, self.sin = angles.cos().to(device), angles.sin().to(device)
         self.position = torch.randint(301, (rows,), generator=rng, dtype=torch.int32).to(device)
@@ -84,29 +90,36 @@ class Call:
         memory, table = self.pages()
         poison_allocator()
         q = ops.linear_rope_write(
-            self.x[rows], self.w, bias, self.cos, self.sin, self.position[rows], table[rows],
-            weight_settled=settled, **self.shape.sizes,
+            self.x[rows], self.w, bias, self.q_norm, self.k_norm, self.cos, self.sin, self.position[rows],
+            table[rows], weight_settled=settled, **self.shape.sizes,
         )  # fmt: skip
         return q, memory
 
     def separate(self, bias: Tensor | None, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
         memory, table = self.pages()
         q = ops.rope_write(
-            ops.linear(self.x[rows], self.w, bias), None, None, self.cos, self.sin, self.position[rows],
-            table[rows], eps=EPS, **self.shape.sizes,
+            ops.linear(self.x[rows], self.w, bias), self.q_norm, self.k_norm, self.cos, self.sin,
+            self.position[rows], table[rows], **self.shape.sizes,
         )  # fmt: skip
         return q, memory
 
 
 def _check(shape: Shape, rows: int, dtype: torch.dtype, device: str, rng: torch.Generator) -> None:
     call = Call(shape, rows, dtype, device, rng)
-    for bias, settled in ((None, True), (call.bias, False)):
+    for norms, (bias, settled) in product(
+        ((None, None), (call.norms[0], None), (None, call.norms[1]), call.norms), ((None, True), (call.bias, False))
+    ):
+        call.q_norm, call.k_norm = norms
         (q, pages), (want_q, want_pages) = call.fused(bias, settled=settled), call.separate(bias)
         assert_same_bytes(q, want_q)
         assert_same_bytes(pages, want_pages)
     assert_same_bytes(call.fused(None, slice(rows // 2, rows))[0], call.fused(None)[0][rows // 2 :])
-    # Negative controls: a bias, another position and the other half of a head are seen.
+    # Negative controls: a bias, the norms, another position and the other half of a head are seen.
     assert first_difference(call.fused(None)[0], want_q) is not None
+    call.q_norm, call.k_norm = call.k_norm, call.q_norm
+    for got, want in zip(call.fused(call.bias), (want_q, want_pages), strict=True):
+        assert first_difference(got, want) is not None
+    call.q_norm, call.k_norm = call.k_norm, call.q_norm
     call.position = (call.position + 1) % 301
     moved_q, moved_pages = call.fused(call.bias)
     assert first_difference(moved_q, want_q) is not None
@@ -136,9 +149,12 @@ def test_is_rope_write_of_linear_float32_cuda(shape: Shape, rng: torch.Generator
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("qk_norm", [False, True])
 @torch.inference_mode()
-def test_every_row_count_gives_a_row_its_bits_cuda(rng: torch.Generator) -> None:
+def test_every_row_count_gives_a_row_its_bits_cuda(qk_norm: bool, rng: torch.Generator) -> None:
     call = Call(LARGE[0], 128, torch.bfloat16, "cuda", rng)
+    if qk_norm:
+        call.q_norm, call.k_norm = call.norms
     want_q, want_pages = call.separate(call.bias)
     for rows in range(1, 129):
         part = slice(128 - rows, 128)
@@ -159,6 +175,22 @@ def test_unaligned_tables_take_the_other_way_cuda(rng: torch.Generator) -> None:
     assert_same_bytes(pages, want_pages)
 
 
+@pytest.mark.cuda
+@torch.inference_mode()
+def test_calls_one_right_after_another_cuda(rng: torch.Generator) -> None:
+    # Each starts beside the one before it, with QK-norm in memory that others have used and left.
+    calls = [Call(shape, rows, torch.bfloat16, "cuda", rng) for shape in LARGE[:3] for rows in (64, 1, 9, 40)]
+    for call in calls:
+        call.q_norm, call.k_norm = call.norms
+    want = [call.separate(call.bias) for call in calls]
+    torch.cuda.synchronize()
+    for _ in range(3):
+        got = [call.fused(call.bias, settled=True) for call in calls]
+        for (q, pages), (want_q, want_pages) in zip(got, want, strict=True):
+            assert_same_bytes(q, want_q)
+            assert_same_bytes(pages, want_pages)
+
+
 def test_strided_rows_and_no_rows(dtype: torch.dtype, rng: torch.Generator) -> None:
     call = Call(SMALL[0], 6, dtype, "cpu", rng)
     want_q, want_pages = call.separate(call.bias)
@@ -175,8 +207,8 @@ def test_bad_input(rng: torch.Generator) -> None:
     call = Call(SMALL[0], 2, torch.float32, "cpu", rng)
     _, table = call.pages()
     good: dict[str, Any] = {
-        "x": call.x, "w": call.w, "bias": call.bias, "cos": call.cos, "sin": call.sin,
-        "row_position": call.position, "row_page": table, **call.shape.sizes,
+        "x": call.x, "w": call.w, "bias": call.bias, "q_norm": call.norms[0], "k_norm": None,
+        "cos": call.cos, "sin": call.sin, "row_position": call.position, "row_page": table, **call.shape.sizes,
     }  # fmt: skip
 
     def run(**changed: Tensor | int) -> None:
@@ -195,3 +227,9 @@ def test_bad_input(rng: torch.Generator) -> None:
         run(x=call.x.half())
     with pytest.raises(KernelError, match="head_dim is 63"):
         run(head_dim=63)
+    with pytest.raises(KernelError, match=r"q_norm has shape \[63\]; it must be \[64\]"):
+        run(q_norm=call.norms[0][:63])
+    with pytest.raises(KernelError, match="k_norm has dtype float64"):
+        run(k_norm=call.norms[1].double())
+    with pytest.raises(KernelError, match="eps is -1"):
+        run(eps=-1.0)

@@ -63,9 +63,9 @@ class Cases:
             "linear": (rand(ROWS, 48), rand(20, 48), rand(20), rand(ROWS, 20), True),
             "linear_swiglu": (rand(ROWS, 48), rand(20, 48), rand(20), True),
             "linear_rope_write": (
-                rand(ROWS, 48), rand((Q_HEADS + 2 * KV_HEADS) * HEAD_DIM, 48), None,
+                rand(ROWS, 48), rand((Q_HEADS + 2 * KV_HEADS) * HEAD_DIM, 48), None, rand(HEAD_DIM), None,
                 torch.randn(64, HEAD_DIM // 2), torch.randn(64, HEAD_DIM // 2), positions,
-                full[[1, 1, 3, 3, 0]], Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, True,
+                full[[1, 1, 3, 3, 0]], Q_HEADS, KV_HEADS, HEAD_DIM, PAGE, 1e-6, True,
             ),
             "rms_norm": (rand(ROWS, 48), rand(48), 1e-6),
             "add_rms_norm": (rand(ROWS, 48), rand(ROWS, 48), rand(48), 1e-6),

@@ -162,17 +162,11 @@ class CausalLM:
             w = self.weights.layers[layer]
             pages = kv.write_pages(layer, active)  # before the norm: nothing of torch's comes between ours
             normed = ops.rms_norm(x, w.input_norm, eps)
-            if w.q_norm is None and w.k_norm is None:
-                q = ops.linear_rope_write(
-                    normed, w.qkv, w.qkv_bias, cos, sin, positions, pages,
-                    q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, weight_settled=True,
-                )  # fmt: skip
-            else:
-                q = ops.rope_write(
-                    ops.linear(normed, w.qkv, w.qkv_bias, weight_settled=True),
-                    w.q_norm, w.k_norm, cos, sin, positions, pages,
-                    q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, eps=eps,
-                )  # fmt: skip
+            q = ops.linear_rope_write(
+                normed, w.qkv, w.qkv_bias, w.q_norm, w.k_norm, cos, sin, positions, pages,
+                q_heads=q_heads, kv_heads=kv_heads, head_dim=head_dim, page_size=page_size, eps=eps,
+                weight_settled=True,
+            )  # fmt: skip
             attended = kv.attend(layer, q, active)
             x = ops.linear(attended.view(-1, q_size), w.out, w.out_bias, x, weight_settled=True)
             normed = ops.rms_norm(x, w.post_norm, eps)

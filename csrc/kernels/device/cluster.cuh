@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Thread-block clusters (sm_90 and later): the barrier, and reads of and copies to another block's shared memory. On an
-// older GPU a launch has no cluster, each block is its own cluster of one, and these work on the block alone.
+// Thread-block clusters (sm_90 and later): the barrier, and reads of, stores and copies to another block's shared
+// memory. On an older GPU a launch has no cluster, each block is its own cluster of one, and these work on the block
+// alone.
 #pragma once
 
 #include <cstdint>
@@ -78,6 +79,10 @@ __device__ __forceinline__ uint64_t load_cluster_u64(uint32_t address) {
   uint64_t v;
   asm volatile("ld." VC_SHARED_CLUSTER ".u64 %0, [%1];" : "=l"(v) : "r"(address) : "memory");
   return v;
+}
+
+__device__ __forceinline__ void store_cluster_float(uint32_t address, float v) {
+  asm volatile("st." VC_SHARED_CLUSTER ".f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
 
 #undef VC_SHARED_CLUSTER

@@ -67,6 +67,36 @@ struct Pack {
   }
 };
 
+// kCount neighbours, moved in one access.
+template <class T, int kCount>
+struct alignas(sizeof(T) * kCount) Run {
+  T x[kCount];
+};
+
+template <class T, int kCount>
+__device__ __forceinline__ void load_run(const T* src, float (&x)[kCount]) {
+  const auto run = *reinterpret_cast<const Run<T, kCount>*>(src);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] = to_float(run.x[i]);
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ void store_run(T* dst, const float (&x)[kCount]) {
+  Run<T, kCount> run;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) run.x[i] = from_float<T>(x[i]);
+  *reinterpret_cast<Run<T, kCount>*>(dst) = run;
+}
+
+// Adds what lies at src.
+template <class T, int kCount>
+__device__ __forceinline__ void add_run(float (&x)[kCount], const T* src) {
+  float y[kCount];
+  load_run(src, y);
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) x[i] += y[i];
+}
+
 // Call f with a value of the device's storage type.
 template <class F>
 void dispatch_element(DType dtype, F&& f) {

@@ -47,23 +47,13 @@ __device__ __forceinline__ void finish4(const LinearParams& p, bool wide, int64_
   const auto* bias = static_cast<const __nv_bfloat16*>(p.bias);
   const auto* residual = static_cast<const __nv_bfloat16*>(p.residual) + token * p.residual_stride_row;
   if (wide && n + 4 <= p.n) {
-    const auto add = [&](const __nv_bfloat16* src) {
-      const uint2 raw = *reinterpret_cast<const uint2*>(src);
-      v[0] += __uint_as_float(raw.x << 16);
-      v[1] += __uint_as_float(raw.x & 0xffff0000u);
-      v[2] += __uint_as_float(raw.y << 16);
-      v[3] += __uint_as_float(raw.y & 0xffff0000u);
-    };
-    if (p.bias) add(bias + n);
-    if (p.residual) add(residual + n);
+    if (p.bias) add_run(v, bias + n);
+    if (p.residual) add_run(v, residual + n);
     if (p.out_float32) {
       float* out = static_cast<float*>(p.out) + token * p.out_stride_row + n;
       *reinterpret_cast<float4*>(out) = make_float4(v[0], v[1], v[2], v[3]);
     } else {
-      const __nv_bfloat162 lo = __floats2bfloat162_rn(v[0], v[1]), hi = __floats2bfloat162_rn(v[2], v[3]);
-      __nv_bfloat16* out = static_cast<__nv_bfloat16*>(p.out) + token * p.out_stride_row + n;
-      *reinterpret_cast<uint2*>(out) =
-          make_uint2(*reinterpret_cast<const uint32_t*>(&lo), *reinterpret_cast<const uint32_t*>(&hi));
+      store_run(static_cast<__nv_bfloat16*>(p.out) + token * p.out_stride_row + n, v);
     }
     return;
   }

@@ -21,7 +21,8 @@ namespace vericache::cuda {
 inline bool can_fuse_rope(const RopeWriteParams& rope, const void* bias) {
   const auto aligned = [](const void* ptr, int bytes) { return reinterpret_cast<uintptr_t>(ptr) % bytes == 0; };
   return (rope.head_dim == 64 || rope.head_dim == 128 || rope.head_dim == 256) && aligned(rope.cos, 16) &&
-         aligned(rope.sin, 16) && aligned(rope.q_out, 8) && aligned(bias, 8);
+         aligned(rope.sin, 16) && aligned(rope.q_out, 8) && aligned(bias, 8) && aligned(rope.q_norm, 8) &&
+         aligned(rope.k_norm, 8);
 }
 
 // Which heads and pairs a tile has. kRun: pairs of a head, 2 * kRun rows of w.
@@ -116,25 +117,16 @@ __device__ __forceinline__ void finish_rope4(const RopeWriteParams& rope, const 
   const float4 l = low_sums(), h = high_sums();
   float low[4] = {l.x, l.y, l.z, l.w}, high[4] = {h.x, h.y, h.z, h.w};
   const float cos[4] = {c.x, c.y, c.z, c.w}, sin[4] = {s.x, s.y, s.z, s.w};
-  const auto add_bias = [&](float (&v)[4], int channel) {
-    const uint2 raw = *reinterpret_cast<const uint2*>(bias + head * rope.head_dim + channel);
-    v[0] += __uint_as_float(raw.x << 16);
-    v[1] += __uint_as_float(raw.x & 0xffff0000u);
-    v[2] += __uint_as_float(raw.y << 16);
-    v[3] += __uint_as_float(raw.y & 0xffff0000u);
-  };
-  if (bias) add_bias(low, pair), add_bias(high, half + pair);
+  if (bias) {
+    add_run(low, bias + head * rope.head_dim + pair);
+    add_run(high, bias + head * rope.head_dim + half + pair);
+  }
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     low[i] = round_to<__nv_bfloat16>(low[i]), high[i] = round_to<__nv_bfloat16>(high[i]);
     if (rotated) rotate_pair(low[i], high[i], cos[i], sin[i]);
   }
-  const auto store = [&](const float (&v)[4], int channel) {
-    const __nv_bfloat162 a = __floats2bfloat162_rn(v[0], v[1]), b = __floats2bfloat162_rn(v[2], v[3]);
-    *reinterpret_cast<uint2*>(dst + channel) =
-        make_uint2(*reinterpret_cast<const uint32_t*>(&a), *reinterpret_cast<const uint32_t*>(&b));
-  };
-  store(low, pair), store(high, half + pair);
+  store_run(dst + pair, low), store_run(dst + half + pair, high);
 }
 
 }  // namespace vericache::cuda
