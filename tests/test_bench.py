@@ -21,7 +21,7 @@ def test_decode_step(tmp_path: Path) -> None:
     out = tmp_path / "decode-step.json"
     assert decode_step.main([*TINY, str(out)]) == 0
     result = json.loads(out.read_text())
-    assert [row["rows"] for row in result["rows"]] == [8, 8, 1, 1, 38]
+    assert [row["rows"] for row in result["rows"]] == [8, 8, 1, 1, 38, 8]
     assert all(row["ms"]["median"] > 0 and row["kv_bytes"] > 0 for row in result["rows"])
     assert "8 x 8K" in tables.decode_step(result)
 
