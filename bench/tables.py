@@ -135,8 +135,9 @@ def gpu_checks(result: dict[str, Any]) -> str:
 def engine_shape(result: dict[str, Any]) -> str:
     """One sentence from the engine's runs on the 8B shape (tests/engine/test_8b_shape.py)."""
     r = result["result"]
+    norm = ", with QK-norm," if r.get("qk_norm") else ""
     return (
-        f"C1 and C2 with {r['layers']} layers of an 8B Llama and prompts of 1000 to 3001 tokens, `full` and "
+        f"C1 and C2 with {r['layers']} layers of an 8B Llama{norm} and prompts of 1000 to 3001 tokens, `full` and "
         f"`vericache` with {len(r['compressors'])} compressors: {r['differences']} differences in {r['tokens']:,} "
         f"emitted tokens, {r['drafted'] - r['matched']:,} of {r['drafted']:,} drafted tokens rejected. "
         + where(result["environment"])
@@ -161,6 +162,7 @@ WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "gpu-kernels.json": kernels,
     "engine-exactness-gpu.json": engine_exactness,
     "engine-8b-shape-gpu.json": engine_shape,
+    "engine-8b-qk-norm-shape-gpu.json": engine_shape,
     "gpu-kernels-h200.json": kernels,
     "decode-step.json": decode_step,
     "decode-step-h200.json": decode_step,

@@ -170,7 +170,7 @@ struct SingleRing {
 constexpr SingleRing single_ring(int bits) {
   if (bits == 8) return {8, 3, 7, 3};
   if (bits == 4) return {11, 3, 8, 3};
-  return {12, 5, 10, 2};
+  return {12, 3, 8, 2};
 }
 template <int kHeadDim, int kBits, int kGroup>
 using SingleShape = QuantSingleShape<QuantShape<kHeadDim, kBits, kGroup, kBits == 2 && kGroup == 32,

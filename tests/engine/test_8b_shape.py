@@ -108,7 +108,8 @@ def test_every_mode_and_compressor(setup: Setup) -> None:
     totals["differences"] = len(problems)
     if setup.name.startswith("8b"):
         seconds = round(time.perf_counter() - started, 1)
-        result = {**totals, "layers": 2, "compressors": list(COMPRESSORS), "seconds": seconds}
+        model = {"layers": 2, "qk_norm": setup.model.config.qk_norm}
+        result = {**totals, "seconds": seconds, **model, "compressors": list(COMPRESSORS)}
         record(f"engine-{setup.name}-shape-gpu", result)
     assert not problems, f"{len(problems)} differ; the first: {problems[0]}"
     assert 0 < totals["matched"] < totals["drafted"], f"every draft alike proves little: {totals}"

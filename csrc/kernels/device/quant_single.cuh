@@ -35,7 +35,7 @@ template <class Tile_, int kEarlyWarps_, int kEarlyHalves_>
 struct QuantSingleShape : Tile_ {
   using Tile = Tile_;
   static constexpr int kEarlyWarps = kEarlyWarps_, kEarlyHalves = kEarlyHalves_;
-  static constexpr int kShortRun = 4 * Tile::kWarps;  // tiles of a block at most
+  static constexpr int kShortRun = 3 * Tile::kWarps;  // tiles of a block at most
   static_assert(Tile::kStateBytes <= Tile::kRingBytes);
   static_assert(Tile::kWarps * Tile::kRingBytes <= 227 * 1024);  // what a block may have
   static_assert(kEarlyHalves >= 1 && kEarlyHalves <= Tile::kHalves && kEarlyWarps <= Tile::kWarps);
