@@ -217,9 +217,27 @@ inline void linear_checks(Report& report, bool quick) {
   linear_against_double<__nv_bfloat16, bf16>(report, "bfloat16", DType::kBFloat16, 3e-3, quick, cuda::linear);
   linear_against_double<__nv_bfloat16, bf16>(report, "mma", DType::kBFloat16, 3e-3, quick, other_gpus_linear);
   linear_against_double<float, float>(report, "float32", DType::kFloat32, 2e-6, quick, cuda::linear);
-  constexpr int kShapes[][2] = {{6144, 4096}, {4096, 4096}, {28672, 4096}, {4096, 14336}, {8192, 8192}, {257, 520},
-                                {61, 72},     {1024, 1376}, {3200, 1280},  {16896, 128},  {3072, 1024}, {6141, 2120},
-                                {4001, 4168}, {6144, 8448}, {17984, 9472}};  // three waves
+  constexpr int kShapes[][2] = {{6144, 4096},
+                                {4096, 4096},
+                                {28672, 4096},
+                                {4096, 14336},
+                                {8192, 8192},
+                                {257, 520},
+                                {61, 72},
+                                {1024, 1376},
+                                {3200, 1280},
+                                {16896, 128},
+                                {3072, 1024},
+                                {6141, 2120},
+                                {4001, 4168},
+                                {6144, 8448},
+                                {17984, 9472},  // three waves
+                                // Narrow tiles: of 48 rows with 4 parts of k; of 32, 48, 64, 96 rows with 2.
+                                {5120, 5120},
+                                {4096, 1024},
+                                {6144, 1024},
+                                {7168, 5120},
+                                {10240, 5120}};
   for (const auto& s : kShapes)
     if (!quick || (s[0] * s[1] < 1 << 22 && s[0] != 3072))
       linear_invariance<__nv_bfloat16>(report, s[0], s[1], DType::kBFloat16, false, quick);

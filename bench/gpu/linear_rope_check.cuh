@@ -84,8 +84,8 @@ inline void linear_rope_checks(Report& report, bool quick) {
   for (const Heads& h :
        {Heads{32, 8, 128, 4096}, Heads{12, 6, 256, 4096}, Heads{24, 5, 128, 4096}, Heads{28, 4, 128, 3584},
         Heads{56, 4, 64, 4096}, Heads{13, 3, 128, 2048}, Heads{25, 4, 128, 4096}, Heads{40, 8, 128, 5120},
-        Heads{16, 4, 128, 1024}, Heads{14, 2, 64, 896}, Heads{64, 64, 128, 128}, Heads{20, 4, 256, 128},
-        Heads{5, 1, 64, 72}, Heads{6, 2, 80, 512}, Heads{3, 1, 128, 61}})
+        Heads{64, 8, 128, 5120}, Heads{16, 4, 128, 1024}, Heads{14, 2, 64, 896}, Heads{64, 64, 128, 128},
+        Heads{20, 4, 256, 128}, Heads{5, 1, 64, 72}, Heads{6, 2, 80, 512}, Heads{3, 1, 128, 61}})
     // Of the small ones that with k = 1024 is for narrow tiles up to 64 rows, and for linear.cu's split ones beyond.
     if (!quick || h.k <= 128 || h.k == 1024)
       rope_equality<__nv_bfloat16>(report, h.q, h.kv, h.dim, h.k, DType::kBFloat16, quick);

@@ -25,11 +25,11 @@
 // as with the kernels below.
 //
 // linear_rope_write: a tile has 32 pairs of each of its heads (device/linear_rope.cuh); else as with SwiGLU. Where that
-// does not fit (another head_dim, an odd alignment) and with the kernels for other GPUs and for float32: linear, then
-// rope_write.
+// does not fit (another head_dim, an odd alignment, QK-norm) and with the kernels for other GPUs and for float32:
+// linear, then rope_write.
 //
-// Up to 64 rows of x of the common shapes: linear_narrow.cu, the same sums, rotated or not. Other GPUs: linear_mma.cu.
-// float32 storage, and a k that is no multiple of 8: linear_simple.cu.
+// Up to 64 rows of x where k has several parts: linear_narrow.cu, the same sums, rotated or not, with QK-norm or not.
+// Other GPUs: linear_mma.cu. float32 storage, and a k that is no multiple of 8: linear_simple.cu.
 #include "device/barrier.cuh"
 #include "device/cluster.cuh"
 #include "device/cp_async.cuh"

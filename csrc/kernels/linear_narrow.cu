@@ -1,22 +1,25 @@
 // SPDX-License-Identifier: Apache-2.0
-// linear.cu's product for 1 to 64 rows of x ("tokens") where its plan has four parts of k and tiles of 128 or 192 rows
-// of w: the same sums, bit for bit, in other blocks; and linear_rope_write of the same shapes. For Hopper.
+// linear.cu's product for 1 to 64 rows of x ("tokens") where its plan has two or four parts of k: the same sums, bit
+// for bit, in other blocks; and linear_rope_write of the same shapes. For Hopper.
 //
-// Why: with 64 tokens three things cost linear.cu time. Its clusters of four lie two blocks to a multiprocessor on many
-// of them; each block moves three quarters of a float32 tile through the cluster; and each warpgroup reads x from
-// shared memory again. Here a block takes all four parts of a quarter of the tile, one after the other: nothing to
-// exchange, no cluster, but x is read by four times as many blocks. Above kSoloTokens a block takes two parts of a
-// half: pairs of blocks, which read x half as often and exchange a third of the bytes.
+// Why: with 64 tokens three things cost linear.cu time. Its clusters lie two blocks to a multiprocessor on many of
+// them; each block moves up to three quarters of a float32 tile through the cluster; and each warpgroup reads x from
+// shared memory again. Here a block takes all parts of a smaller tile, one after the other: nothing to exchange, no
+// cluster, but x is read by as many more blocks. With four parts and more than kSoloTokens a block takes two parts of a
+// tile twice as large: pairs of blocks, which read x half as often and exchange a third of the bytes.
+//
+// Tiles are the smallest of 32, 48, 64 and 96 rows of w (pairs: 64 and 96) of which a multiprocessor gets but one.
 //
 // The tokens take the 64-wide side of wgmma m64nNk16, w's rows its N: one warpgroup multiplies the whole tile and reads
 // each operand once. Of fewer than 64 tokens only 8, 16 or 32 are copied; what lies behind them in shared memory goes
 // into rows of the product that nobody uses.
 //
 // Grid: a block, or a cluster of two, for each tile. Block: warpgroup 0 multiplies; one thread of warpgroup 1 copies;
-// both add and write. Shared memory: a ring of stages, each one chunk of 64 k (pairs) or four, x [tokens][64] of them
-// all, then w [kRows][64], in the layout of device/wgmma.cuh; at the end, over the ring, the sums (Shares below); then
-// a barrier "full" and a barrier "empty" for each stage, and one for the sums, a block's own and those that come
-// from the other. A block takes all of a multiprocessor's shared memory where each can have its own, else half.
+// both add and write. Shared memory: a ring of stages, each one chunk of 64 k (pairs), two or four, x [tokens][64]
+// of them all, then w [kRows][64], in the layout of device/wgmma.cuh; at the end, over the ring, the sums (Shares
+// below); then a barrier "full" and a barrier "empty" for each stage, and one for the sums, a block's own and those
+// that come from the other. A block takes all of a multiprocessor's shared memory where each can have its own, else
+// half.
 //
 // A stage is given back when the steps that read it are done, and the next stage's steps start before that if it has
 // landed; if not, it is not waited for while this one is held back.
@@ -24,12 +27,13 @@
 // Sums travel as bulk copies into the shared memory of the block that adds them, which waits for their bytes. The
 // barrier of the cluster is split in two halves, so that it is waited for only before sending and before leaving.
 //
-// linear_rope_write: a tile has as many heads as linear.cu's, of each 8 or 16 pairs (device/linear_rope.cuh); a block
-// adds whole pairs.
+// linear_rope_write: a tile has 8 or 16 pairs of each of its heads (device/linear_rope.cuh); a block adds whole pairs.
+// With QK-norm it has 32 pairs of one head, and the blocks of a head are a cluster (device/linear_qk_norm.cuh).
 //
-// Reduction order (R1): that of linear.cu, ((p0 + p1) + p2) + p3 of the same parts, each the same chain of k16 steps;
-// p0 + p1, or all, are added in registers. That the instruction's sum is the same with the operands' sides exchanged is
-// held by bench/gpu/dense_check.cu (linear_invariance: 1 to 256 rows, of which those above 64 are linear.cu's).
+// Reduction order (R1): that of linear.cu, p0 + p1, or ((p0 + p1) + p2) + p3, of the same parts, each the same chain of
+// k16 steps; p0 + p1, or all, are added in registers. That the instruction's sum is the same with the operands' sides
+// exchanged is held by bench/gpu/dense_check.cu (linear_invariance: 1 to 256 rows, of which those above 64 are
+// linear.cu's).
 #include "device/barrier.cuh"
 #include "device/cluster.cuh"
 #include "device/cp_async.cuh"
@@ -65,10 +69,10 @@ struct NarrowShape {
   // Pairs of each head in a tile that rotates.
   static constexpr int kRun = kEnd == NarrowEnd::kNormRope ? kNormRun : 32 / kGroup;
 };
-template <int kPlanRows, NarrowEnd kEnd>
-using SoloShape = NarrowShape<kPlanRows / 4, 4, 1, 4, kEnd>;
-template <int kPlanRows, NarrowEnd kEnd>
-using PairShape = NarrowShape<kPlanRows / 2, 2, 2, 1, kEnd>;
+template <int kRows, int kParts, NarrowEnd kEnd>
+using SoloShape = NarrowShape<kRows, kParts, 1, kParts == 4 ? 4 : 2, kEnd>;
+template <int kRows, NarrowEnd kEnd>
+using PairShape = NarrowShape<kRows, 2, 2, 1, kEnd>;
 template <int kParts>
 using NormShape = NarrowShape<2 * kNormRun, kParts, 1, 2, NarrowEnd::kNormRope>;
 
@@ -409,21 +413,31 @@ bool launch_narrow(const LinearParams& p, const RopeWriteParams* rope, const Lin
   return true;
 }
 
-// Of a plan of four parts.
+// In the smallest tiles of which a multiprocessor gets but one; no bits depend on their size.
+template <int kParts, NarrowEnd kEnd>
+bool launch_tiles(const LinearParams& p, const RopeWriteParams* rope, const LinearHopperPlan& plan,
+                  const DeviceInfo& info, cudaStream_t stream) {
+  const auto launch_rows = [&]<int kRows>() {
+    if (p.n > kRows * info.multiprocessors) return false;
+    if constexpr (kParts == 4)
+      if (p.rows > kSoloTokens) return launch_narrow<PairShape<2 * kRows, kEnd>>(p, rope, plan, info, stream);
+    return launch_narrow<SoloShape<kRows, kParts, kEnd>>(p, rope, plan, info, stream);
+  };
+  constexpr int kSmallest = 32;
+  if (3 * p.n < kSmallest * info.multiprocessors) return false;  // too few blocks: slower than linear.cu
+  if (launch_rows.template operator()<kSmallest>()) return true;
+  constexpr bool kWholeHeads = kEnd == NarrowEnd::kStore || kParts == 4;  // of 48 rows
+  if constexpr (kWholeHeads)
+    if (launch_rows.template operator()<48>()) return true;
+  if constexpr (kParts == 2) return launch_rows.template operator()<64>() || launch_rows.template operator()<96>();
+  return false;
+}
+
 template <NarrowEnd kEnd>
-bool launch_solo_or_pair(const LinearParams& p, const RopeWriteParams* rope, const LinearHopperPlan& plan,
-                         const DeviceInfo& info, cudaStream_t stream) {
-  const bool solo = p.rows <= kSoloTokens;
-  switch (rope ? plan.rope_rows() : plan.rows) {
-    case 192:
-      return solo ? launch_narrow<SoloShape<192, kEnd>>(p, rope, plan, info, stream)
-                  : launch_narrow<PairShape<192, kEnd>>(p, rope, plan, info, stream);
-    case 128:
-      return solo ? launch_narrow<SoloShape<128, kEnd>>(p, rope, plan, info, stream)
-                  : launch_narrow<PairShape<128, kEnd>>(p, rope, plan, info, stream);
-    default:
-      return false;
-  }
+bool launch_plan(const LinearParams& p, const RopeWriteParams* rope, const LinearHopperPlan& plan,
+                 const DeviceInfo& info, cudaStream_t stream) {
+  if (plan.splits == 4) return launch_tiles<4, kEnd>(p, rope, plan, info, stream);
+  return plan.splits == 2 && launch_tiles<2, kEnd>(p, rope, plan, info, stream);
 }
 
 }  // namespace
@@ -437,9 +451,8 @@ bool linear_narrow(const LinearParams& p, const RopeWriteParams* rope, const Lin
     return plan.splits == 4 ? launch_narrow<NormShape<4>>(p, rope, plan, info, stream)
                             : launch_narrow<NormShape<2>>(p, rope, plan, info, stream);
   }
-  if (plan.splits != 4) return false;
-  if (rope) return launch_solo_or_pair<NarrowEnd::kRope>(p, rope, plan, info, stream);
-  return launch_solo_or_pair<NarrowEnd::kStore>(p, rope, plan, info, stream);
+  if (rope) return launch_plan<NarrowEnd::kRope>(p, rope, plan, info, stream);
+  return launch_plan<NarrowEnd::kStore>(p, rope, plan, info, stream);
 }
 
 }  // namespace vericache::cuda
