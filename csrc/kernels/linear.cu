@@ -28,7 +28,7 @@
 // does not fit (another head_dim, an odd alignment, QK-norm) and with the kernels for other GPUs and for float32:
 // linear, then rope_write.
 //
-// Up to 64 rows of x where k has several parts: linear_narrow.cu, the same sums, rotated or not, with QK-norm or not.
+// Up to 128 rows of x where k has several parts: linear_narrow.cu, the same sums, rotated or not; QK-norm up to 64.
 // Other GPUs: linear_mma.cu. float32 storage, and a k that is no multiple of 8: linear_simple.cu.
 #include "device/barrier.cuh"
 #include "device/cluster.cuh"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// linear.cu's product for 1 to 64 rows of x ("tokens") where its plan has two or four parts of k: the same sums, bit
+// linear.cu's product for 1 to 128 rows of x ("tokens") where its plan has two or four parts of k: the same sums, bit
 // for bit, in other blocks; and linear_rope_write of the same shapes. For Hopper.
 //
 // Why: with 64 tokens three things cost linear.cu time. Its clusters lie two blocks to a multiprocessor on many of
@@ -11,15 +11,15 @@
 // Tiles are the smallest of 32, 48, 64 and 96 rows of w (pairs: 64 and 96) of which a multiprocessor gets but one.
 //
 // The tokens take the 64-wide side of wgmma m64nNk16, w's rows its N: one warpgroup multiplies the whole tile and reads
-// each operand once. Of fewer than 64 tokens only 8, 16 or 32 are copied; what lies behind them in shared memory goes
-// into rows of the product that nobody uses.
+// each operand once. Tokens are copied in eights; what lies behind the last of them in shared memory goes into rows of
+// the product that nobody uses. Two warpgroups multiply 65 to 128 tokens, 64 each, by the same w.
 //
-// Grid: a block, or a cluster of two, for each tile. Block: warpgroup 0 multiplies; one thread of warpgroup 1 copies;
-// both add and write. Shared memory: a ring of stages, each one chunk of 64 k (pairs), two or four, x [tokens][64]
-// of them all, then w [kRows][64], in the layout of device/wgmma.cuh; at the end, over the ring, the sums (Shares
-// below); then a barrier "full" and a barrier "empty" for each stage, and one for the sums, a block's own and those
-// that come from the other. A block takes all of a multiprocessor's shared memory where each can have its own, else
-// half.
+// Grid: a block, or a cluster of two, for each tile. Block: one or two warpgroups multiply; one thread of another
+// copies; all add and write. Shared memory: a ring of stages, each one chunk of 64 k (pairs), two or four, x
+// [tokens][64] of them all, then w [kRows][64], in the layout of device/wgmma.cuh; at the end, over the ring, the sums
+// (Shares below); then a barrier "full" and a barrier "empty" for each stage, and one for the sums, a block's own and
+// those that come from the other. A block takes all of a multiprocessor's shared memory where each can have its own,
+// else half.
 //
 // A stage is given back when the steps that read it are done, and the next stage's steps start before that if it has
 // landed; if not, it is not waited for while this one is held back.
@@ -32,7 +32,7 @@
 //
 // Reduction order (R1): that of linear.cu, p0 + p1, or ((p0 + p1) + p2) + p3, of the same parts, each the same chain of
 // k16 steps; p0 + p1, or all, are added in registers. That the instruction's sum is the same with the operands' sides
-// exchanged is held by bench/gpu/dense_check.cu (linear_invariance: 1 to 256 rows, of which those above 64 are
+// exchanged is held by bench/gpu/dense_check.cu (linear_invariance: 1 to 256 rows, of which those above 128 are
 // linear.cu's).
 #include "device/barrier.cuh"
 #include "device/cluster.cuh"
@@ -50,39 +50,44 @@ namespace vericache::cuda {
 namespace {
 
 constexpr int kChunkK = 64, kRowBytes = kChunkK * 2;  // k a chunk; bytes of a row of it
-constexpr int kMostParts = 4, kTokens = 64;
-constexpr int kSoloTokens = 32;                                 // most tokens of a block with all parts
-constexpr int kMultiplying = 128, kThreads = 2 * kMultiplying;  // thread kMultiplying copies
+constexpr int kMostParts = 4, kMostTokens = 128;
+constexpr int kGroupTokens = 64;  // of a multiplying warpgroup
+constexpr int kSoloTokens = 32;   // most tokens of a block with all parts
 constexpr int kMaxStages = 16;
 constexpr int kBarrierBytes = 8 * (2 * kMaxStages + 1);
-constexpr int kEndBytes = kBarrierBytes + norm_sums_bytes(kTokens);
+constexpr int kEndBytes = kBarrierBytes + norm_sums_bytes(kGroupTokens);
 constexpr int kSharedSmem = 113 * 1024;  // of a block that leaves room for another
 
 enum class NarrowEnd { kStore, kRope, kNormRope };  // linear, linear_rope_write without QK-norm and with it
 
-// kRows: of w in a tile. kGroup: parts of k a block takes. kRanks: blocks of a tile. kChunks: of a stage.
-template <int kRows_, int kGroup_, int kRanks_, int kChunks_, NarrowEnd kEnd_>
+// kRows: of w in a tile. kGroup: parts of k a block takes. kRanks: blocks of a tile. kChunks: of a stage. kTokens: 64,
+// or 128 in two warpgroups.
+template <int kRows_, int kGroup_, int kRanks_, int kChunks_, int kTokens_, NarrowEnd kEnd_>
 struct NarrowShape {
+  static constexpr int kTokens = kTokens_;
+  static constexpr int kMultiplying = 2 * kTokens, kThreads = kMultiplying + 128;  // thread kMultiplying copies
   static constexpr int kRows = kRows_, kGroup = kGroup_, kRanks = kRanks_, kChunks = kChunks_;
   static constexpr NarrowEnd kEnd = kEnd_;
   static constexpr bool kAlone = kRanks == 1, kRotates = kEnd != NarrowEnd::kStore;
+  // The products read kTokens rows of x from each chunk, though fewer may be there: still within the stage.
+  static_assert(kChunks * kRows + 8 >= kGroupTokens);
   // Pairs of each head in a tile that rotates.
   static constexpr int kRun = kEnd == NarrowEnd::kNormRope ? kNormRun : 32 / kGroup;
 };
-template <int kRows, int kParts, NarrowEnd kEnd>
-using SoloShape = NarrowShape<kRows, kParts, 1, kParts == 4 ? 4 : 2, kEnd>;
-template <int kRows, NarrowEnd kEnd>
-using PairShape = NarrowShape<kRows, 2, 2, 1, kEnd>;
+template <int kRows, int kParts, int kTokens, NarrowEnd kEnd>
+using SoloShape = NarrowShape<kRows, kParts, 1, kParts == 4 ? 4 : 2, kTokens, kEnd>;
+template <int kRows, int kTokens, NarrowEnd kEnd>
+using PairShape = NarrowShape<kRows, 2, 2, 1, kTokens, kEnd>;
 template <int kParts>
-using NormShape = NarrowShape<2 * kNormRun, kParts, 1, 2, NarrowEnd::kNormRope>;
+using NormShape = NarrowShape<2 * kNormRun, kParts, 1, 2, kGroupTokens, NarrowEnd::kNormRope>;
 
-// Of a stage, of so many rows of x.
-int copied_tokens(int rows) { return rows <= 8 ? 8 : rows <= 16 ? 16 : rows <= 32 ? 32 : 64; }
+// Of so many rows of x. No more: what a copy fills up past the last row costs it more than rows do.
+int copied_tokens(int rows) { return (rows + 7) / 8 * 8; }
 
 struct NarrowArgs {
   LinearParams p;
   int begin[kMostParts + 1];                   // first chunk of each part of k, and the end
-  int box_tokens;                              // that are copied: 8, 16, 32 or 64
+  int box_tokens;                              // that are copied
   int stages, stage_bytes, x_bytes, barriers;  // barriers: their offset in shared memory
   bool wide;                                   // bias, residual and out can be accessed 4 elements at a time
   uint64_t w_policy;                           // of device/l2_policy.cuh
@@ -96,7 +101,7 @@ struct NarrowArgs {
 // tokens][pitch of the other].
 template <class Shape>
 struct Shares {
-  static constexpr int kRows = Shape::kRows, kRanks = Shape::kRanks;
+  static constexpr int kRows = Shape::kRows, kRanks = Shape::kRanks, kTokens = Shape::kTokens;
   static constexpr int kSums = kRanks == 1 ? 1 : 3;
   // Of a pair the second block has two sums, so the first, which gets two, adds a third of the rows. Multiples of 16:
   // low and high rows together.
@@ -152,7 +157,7 @@ struct StageCopier {
 // Warpgroup 0: the sums of this block's parts. acc[0] is the only sum, or p0 + p1, or p2, and then acc[1] is p3.
 template <class Shape>
 __device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[2][Shape::kRows / 2], int rank,
-                                         uint32_t ring, uint32_t full, uint32_t empty) {
+                                         int warpgroup, uint32_t ring, uint32_t full, uint32_t empty) {
   constexpr int kRows = Shape::kRows, kGroup = Shape::kGroup, kChunks = Shape::kChunks;
   const int lane = threadIdx.x % 32;
   const auto give_back = [&](int slot) {
@@ -163,6 +168,7 @@ __device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[2]
   for (int i = 0; i < kRows / 2; ++i) acc[0][i] = acc[1][i] = 0.0f;
   const uint64_t next_x = args.box_tokens * (kRowBytes / 16);  // from chunk to chunk
   constexpr uint64_t kNextW = kRows * (kRowBytes / 16);
+  const uint32_t own_x = Shape::kTokens == kGroupTokens ? 0 : warpgroup * kGroupTokens * kRowBytes;
   RingCursor cursor;
 #pragma unroll
   for (int g = 0; g < kGroup; ++g) {
@@ -173,7 +179,7 @@ __device__ __forceinline__ void multiply(const NarrowArgs& args, float (&acc)[2]
     for (int chunk = 0; chunk < chunks; chunk += kChunks) {
       mbarrier_wait(full + 8 * cursor.slot, cursor.parity);
       const uint32_t stage = ring + cursor.slot * args.stage_bytes;
-      const uint64_t x = wgmma_operand(stage), w = wgmma_operand(stage + args.x_bytes);
+      const uint64_t x = wgmma_operand(stage + own_x), w = wgmma_operand(stage + args.x_bytes);
       const auto steps = [&](int c) {
 #pragma unroll
         for (int step = 0; step < kChunkK / 16; ++step)
@@ -251,12 +257,13 @@ __device__ __forceinline__ void send(uint32_t sums, uint32_t arrived, int rank, 
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(kThreads, 2)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kTokens == kGroupTokens ? 2 : 1)
     linear_narrow_wgmma(const __grid_constant__ NarrowArgs args, const __grid_constant__ CUtensorMap w_map,
                         const __grid_constant__ CUtensorMap x_map) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
   using S = Shares<Shape>;
   constexpr int kRows = Shape::kRows, kGroup = Shape::kGroup;
+  constexpr int kMultiplying = Shape::kMultiplying, kThreads = Shape::kThreads;
   constexpr bool kAlone = Shape::kAlone;
   [[maybe_unused]] constexpr bool kNorm = Shape::kEnd == NarrowEnd::kNormRope;
   extern __shared__ __align__(1024) uint8_t smem[];
@@ -309,7 +316,7 @@ __global__ void __launch_bounds__(kThreads, 2)
     }
   } else {
     float acc[2][kRows / 2];
-    multiply<Shape>(args, acc, rank, ring, full, empty);
+    multiply<Shape>(args, acc, rank, warp / 4, ring, full, empty);
     named_barrier(1, kMultiplying);  // the whole ring has been used
     if (!kAlone) cluster_arrive();   // and may be overwritten by the others
     if (warp < slices) spill<Shape>(acc, sums, rank);
@@ -341,9 +348,9 @@ __global__ void __launch_bounds__(kThreads, 2)
   if constexpr (kNorm) {
     const auto head = RopeTile<Shape::kRun>::make(tile, kRows, args.head_runs_log2);
     cluster_wait();
-    finish_norm_rope<kTokens, kThreads>(args.rope, static_cast<const __nv_bfloat16*>(args.p.bias), head.first_head,
-                                        head.first_pair, args.head_runs_log2, args.p.rows,
-                                        reinterpret_cast<float*>(smem + args.norm_sums), total);
+    finish_norm_rope<Shape::kTokens, kThreads>(args.rope, static_cast<const __nv_bfloat16*>(args.p.bias),
+                                               head.first_head, head.first_pair, args.head_runs_log2, args.p.rows,
+                                               reinterpret_cast<float*>(smem + args.norm_sums), total);
   } else if constexpr (Shape::kRotates) {
     const auto heads = RopeTile<Shape::kRun>::make(tile, kRows, args.head_runs_log2);
     const int vectors = S::rows(rank) / 8;  // of 4 pairs
@@ -396,6 +403,7 @@ bool launch_narrow(const LinearParams& p, const RopeWriteParams* rope, const Lin
   }
   const CUtensorMap x_map = bf16_matrix_map(p.x, p.rows, p.k, p.rows > 1 ? p.x_stride_row : p.k, box_tokens);
   const int blocks = tiles * Shape::kRanks;
+  if (Shape::kTokens > kGroupTokens && blocks > info.multiprocessors) return false;  // one needs all of the memory
   const int most = blocks <= info.multiprocessors ? info.smem_optin : std::min(kSharedSmem, info.smem_optin);
   const int budget = most - kEndBytes;
   args.stages = std::min(kMaxStages, budget / args.stage_bytes);
@@ -403,7 +411,7 @@ bool launch_narrow(const LinearParams& p, const RopeWriteParams* rope, const Lin
   VC_CHECK(args.stages >= 2 && args.barriers <= budget, "linear: a block may use ", budget,
            " bytes of shared memory on this GPU, ", std::max(2 * args.stage_bytes, S::floats() * 4), " are needed.");
   LaunchShape shape;
-  shape.block = dim3(kThreads);
+  shape.block = dim3(Shape::kThreads);
   args.norm_sums = args.barriers + kBarrierBytes;
   shape.smem = size_t(args.barriers + kEndBytes);
   shape.cluster = cluster;
@@ -419,9 +427,14 @@ bool launch_tiles(const LinearParams& p, const RopeWriteParams* rope, const Line
                   const DeviceInfo& info, cudaStream_t stream) {
   const auto launch_rows = [&]<int kRows>() {
     if (p.n > kRows * info.multiprocessors) return false;
-    if constexpr (kParts == 4)
-      if (p.rows > kSoloTokens) return launch_narrow<PairShape<2 * kRows, kEnd>>(p, rope, plan, info, stream);
-    return launch_narrow<SoloShape<kRows, kParts, kEnd>>(p, rope, plan, info, stream);
+    const bool more = p.rows > kGroupTokens;
+    if constexpr (kParts == 4) {
+      if (more) return launch_narrow<PairShape<2 * kRows, 128, kEnd>>(p, rope, plan, info, stream);
+      if (p.rows > kSoloTokens) return launch_narrow<PairShape<2 * kRows, 64, kEnd>>(p, rope, plan, info, stream);
+    } else {
+      if (more) return launch_narrow<SoloShape<kRows, kParts, 128, kEnd>>(p, rope, plan, info, stream);
+    }
+    return launch_narrow<SoloShape<kRows, kParts, 64, kEnd>>(p, rope, plan, info, stream);
   };
   constexpr int kSmallest = 32;
   if (3 * p.n < kSmallest * info.multiprocessors) return false;  // too few blocks: slower than linear.cu
@@ -442,11 +455,11 @@ bool launch_plan(const LinearParams& p, const RopeWriteParams* rope, const Linea
 
 }  // namespace
 
-bool fuses_qk_norm(const LinearParams& p) { return p.rows <= kTokens && linear_hopper_plan(p.n, p.k).splits > 1; }
+bool fuses_qk_norm(const LinearParams& p) { return p.rows <= kGroupTokens && linear_hopper_plan(p.n, p.k).splits > 1; }
 
 bool linear_narrow(const LinearParams& p, const RopeWriteParams* rope, const LinearHopperPlan& plan,
                    const DeviceInfo& info, cudaStream_t stream) {
-  if (p.swiglu || p.rows > kTokens) return false;
+  if (p.swiglu || p.rows > kMostTokens) return false;
   if (rope && has_qk_norm(*rope)) {
     return plan.splits == 4 ? launch_narrow<NormShape<4>>(p, rope, plan, info, stream)
                             : launch_narrow<NormShape<2>>(p, rope, plan, info, stream);
