@@ -68,7 +68,7 @@ struct NarrowShape {
   static constexpr int kMultiplying = 2 * kTokens, kThreads = kMultiplying + 128;  // thread kMultiplying copies
   static constexpr int kRows = kRows_, kGroup = kGroup_, kRanks = kRanks_, kChunks = kChunks_;
   static constexpr NarrowEnd kEnd = kEnd_;
-  static constexpr bool kAlone = kRanks == 1, kRotates = kEnd != NarrowEnd::kStore;
+  static constexpr bool kRotates = kEnd != NarrowEnd::kStore;
   // The products read kTokens rows of x from each chunk, though fewer may be there: still within the stage.
   static_assert(kChunks * kRows + 8 >= kGroupTokens);
   // Pairs of each head in a tile that rotates.
@@ -264,7 +264,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kTokens == kGroupToken
   using S = Shares<Shape>;
   constexpr int kRows = Shape::kRows, kGroup = Shape::kGroup;
   constexpr int kMultiplying = Shape::kMultiplying, kThreads = Shape::kThreads;
-  constexpr bool kAlone = Shape::kAlone;
+  constexpr bool kAlone = Shape::kRanks == 1;
   [[maybe_unused]] constexpr bool kNorm = Shape::kEnd == NarrowEnd::kNormRope;
   extern __shared__ __align__(1024) uint8_t smem[];
   const int warp = __shfl_sync(0xffffffffu, int(threadIdx.x) / 32, 0);
