@@ -178,7 +178,9 @@ void check_kept(Report& report, Heads h, int requests = 1, int rows = 3, Keep ke
     for (int r = 0; r < requests; ++r)
       as_full = as_full && std::equal(full.begin(), full.end(), got.begin() + int64_t(r) * rows * h.q_row());
   }
-  change_key(s.k.get<uint16_t>() + (size_t(kept[1][9]) * h.kv_heads + 1) * h.head_dim, h.head_dim);  // all have it
+  // Of a head that is alone in its output one key in 5000 can vanish in the rounding.
+  for (int i = 0; i < 100; ++i)
+    change_key(s.k.get<uint16_t>() + (size_t(kept[1][i]) * h.kv_heads + 1) * h.head_dim, h.head_dim);
   const bool noticed = run(1, false) != got;
   constexpr const char* kNames[] = {"", " uneven", " all"};
   report.check(text(shape_name("kept", h), " requests ", requests, " rows ", rows, kNames[int(keep)]),
