@@ -68,29 +68,25 @@ struct KeptKeys {
     return (token < s.hole_end ? s.hole_begin : s.hi) - token;
   }
 
-  // Bytes from a token's K to its V.
-  static __device__ __forceinline__ int v_offset(const Params& p, const Span& s, int token) {
-    return (token < s.hole_end ? 1 : p.kv_heads) * p.page_size * p.head_dim * 2;
+  // Bytes from a token's K to its V, whose elements have `bytes` each.
+  static __device__ __forceinline__ int v_offset(const Params& p, const Span& s, int token, int bytes = 2) {
+    return (token < s.hole_end ? 1 : p.kv_heads) * p.page_size * p.head_dim * bytes;
   }
 
-  // The K and V rows of a token, as elements of `Bytes` bytes.
+  // The K and V rows of a token.
   struct Place {
     const char* k;
     int v_offset;
   };
   static __device__ __forceinline__ Place place(const Params& p, const Span& s, int request, int kv_head, int token,
                                                 int bytes) {
-    if (token < s.hole_end) {
-      const int64_t page =
-          p.kept_table[request * p.kept_stride_request + kv_head * p.kept_stride_head + token / p.page_size];
-      return {reinterpret_cast<const char*>(page) + int64_t(token & (p.page_size - 1)) * p.head_dim * bytes,
-              p.page_size * p.head_dim * bytes};
-    }
-    const int tail = token - s.hole_end;
-    const int64_t page = p.tail_table[request * p.tail_stride_request + tail / p.page_size];
-    return {reinterpret_cast<const char*>(page) +
-                (int64_t(kv_head) * p.page_size + (tail & (p.page_size - 1))) * p.head_dim * bytes,
-            p.kv_heads * p.page_size * p.head_dim * bytes};
+    const bool kept = token < s.hole_end;
+    const int at = kept ? token : token - s.hole_end;
+    const int64_t* pages = kept ? p.kept_table + request * p.kept_stride_request + kv_head * p.kept_stride_head
+                                : p.tail_table + request * p.tail_stride_request;
+    const int64_t row = int64_t(kept ? 0 : kv_head) * p.page_size + (at & (p.page_size - 1));
+    return {reinterpret_cast<const char*>(pages[at / p.page_size]) + row * p.head_dim * bytes,
+            v_offset(p, s, token, bytes)};
   }
   static __device__ __forceinline__ Granule granule(const Params& p, const Span& s, int request, int kv_head,
                                                     int token) {
