@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 
   const int begin = line.begin(int(blockIdx.x)), end = line.begin(int(blockIdx.x) + 1);
   unsigned char* deposits = smem + Shape::line_bytes(p.requests);
-  QuantRing<Shape> ring{p, args.blob, deposits + warps * Shape::kStateBytes + warp * Shape::kRingBytes, lane};
+  QuantRing<Shape> ring{{deposits + warps * Shape::kStateBytes + warp * Shape::kRingBytes}, p, args.blob, lane};
   const auto locate = [&](int turn) {
     const int tile = begin + warp + (turn + lane) * warps;
     if (tile >= end) return;
@@ -62,14 +62,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   };
   const auto copy_next = [&] { ring.copy_next(begin + warp + ring.next_turn() * warps < end, locate); };
   locate(0);
-#pragma unroll 1
-  for (int i = 0; i < Shape::kHalves; ++i) {
-    if (!p.cache_settled || ring.next_is_tail())
-      wait_for_previous_kernel();
-    else
-      cp_async_wait<0>();  // one half a warp at a time: the merge of the call before needs the memory too
-    copy_next();
-  }
+  ring.fill(Shape::kHalves, [&] { return p.cache_settled && !ring.next_is_tail(); }, copy_next);
   LineCursor at;
   if (begin < end) at.seek(line, p, begin);
   wait_for_previous_kernel();

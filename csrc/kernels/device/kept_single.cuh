@@ -8,10 +8,7 @@
 // the next call's wait ends with the last block. A head's first block sets its counters; every block waits for one of a
 // lower number.
 //
-// A warp's ring holds halves of tiles, K and V in turn: one is refilled as soon as it has been read. It is filled
-// before the wait for the kernel before, one half at a time, for what that kernel asks of the memory queues behind what
-// has been asked already. Lane i holds the address of the warp's i-th next tile. Keys take the 16-wide side of mma
-// m16n8k16, the item's rows its 8-wide side.
+// A warp's ring (half_ring.cuh) is filled before the wait for the kernel before.
 //
 // Grid: one block a multiprocessor. Shared memory: the rings, in which the warps' states are left at the end. Order: a
 // warp's tiles as they come, a block's warps by number, a row's states by piece, kKeptStatesAtOnce at a time,
@@ -19,7 +16,7 @@
 // Held by bench/gpu/attention_check.cu.
 #pragma once
 
-#include "cp_async.cuh"
+#include "half_ring.cuh"
 #include "kept_keys.cuh"
 #include "kept_state.cuh"
 #include "launch.cuh"
@@ -72,7 +69,7 @@ template <class Shape>
 __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     kept_single_kernel(const __grid_constant__ KeptSingleArgs args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-  constexpr int kHalves = Shape::kHalves, kWarps = Shape::kWarps, kTokens = Shape::kTokens, kTurns = 32;
+  constexpr int kWarps = Shape::kWarps, kTokens = Shape::kTokens;
   constexpr uint32_t kAll = 0xffffffffu;
   const KeptParams& p = args.p;
   unsigned char* smem = dynamic_smem();
@@ -97,51 +94,21 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   const int end = works ? min(begin + request.piece_tiles * kTokens, span.hi) : begin;
   const int tiles = ceil_of(end - begin, kTokens);
 
-  const char* from = nullptr;  // K of this lane's tile among the warp's turns from `turn` on
+  HalfRing<Shape::kHalves, Shape::kHalfBytes> ring{smem + warp * Shape::kBytes};
   const auto token_of = [&](int turn) { return begin + (warp + turn * kWarps) * kTokens; };
+  const auto next_token = [&] { return token_of(ring.next_turn()); };
   const auto locate = [&](int turn) {
     const int token = token_of(turn + lane);
-    if (token < end) from = KeptKeys::granule(p, span, 0, kv_head, token).k;
+    if (token < end) ring.from = KeptKeys::granule(p, span, 0, kv_head, token).k;
   };
+  const auto copy_half = [&](const char* at, uint32_t to) {
+    const int token = next_token(), valid = KeptKeys::readable(span, token);
+    if (valid > 0 && ring.next_is_value()) at += KeptKeys::v_offset(p, span, token);
+    Shape::copy_half(at, to, valid, lane);
+  };
+  const auto copy_next = [&] { ring.copy_next(next_token() < end, locate, copy_half); };
   locate(0);
-
-  const uint32_t ring = smem_address(smem + warp * Shape::kBytes);
-  int next = 0, next_slot = 0;  // half to be copied next: of turn next / 2; its slot
-  // Copies it, if there is one; a group in any case.
-  const auto copy_next = [&] {
-    const int turn = next / 2, token = token_of(turn);
-    if (token < end) {
-      if (next % (2 * kTurns) == 0 && next > 0) locate(turn);
-      const char* at =
-          reinterpret_cast<const char*>(__shfl_sync(kAll, reinterpret_cast<uint64_t>(from), turn % kTurns));
-      const int valid = KeptKeys::readable(span, token);
-      if (valid > 0 && next % 2) at += KeptKeys::v_offset(p, span, token);
-      constexpr int kRowChunks = Shape::kRowBytes / 16, kRowsAtOnce = 32 / kRowChunks;
-      const int row0 = lane / kRowChunks, chunk = lane % kRowChunks;
-      const uint32_t to = ring + uint32_t(next_slot * Shape::kHalfBytes);
-      at += lane * 16;
-#pragma unroll
-      for (int i = 0; i < kTokens / kRowsAtOnce; ++i) {
-        const int row = row0 + i * kRowsAtOnce;
-        const uint32_t place = swizzled(to, row, Shape::kRowBytes, chunk);
-        if (valid >= kTokens)
-          cp_async16_once(place, at + i * 512);
-        else  // zeros where nothing may be read
-          cp_async16(place, at + i * 512, row < valid);
-      }
-    }
-    cp_async_commit();
-    ++next;
-    next_slot = next_slot + 1 == kHalves ? 0 : next_slot + 1;
-  };
-#pragma unroll 1
-  for (int i = 0; i < kHalves; ++i) {
-    if (!p.cache_settled || token_of(i / 2) >= span.hole_end)
-      wait_for_previous_kernel();
-    else
-      cp_async_wait<0>();  // one half a warp at a time
-    copy_next();
-  }
+  ring.fill(Shape::kHalves, [&] { return p.cache_settled && next_token() < span.hole_end; }, copy_next);
   wait_for_previous_kernel();
   let_next_kernel_start();
   const int items = works ? request.rows * group : 0, first_head = kv_head * group;
@@ -164,25 +131,15 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       const int position = __shfl_sync(kAll, request.position, min(request.query0 + i / group, 31));
       row_end[r] = i < items ? span.hole_end + position + 1 - request.tail_start : 0;
     }
-    int slot = 0;
-    const auto step = [&] { slot = slot + 1 == kHalves ? 0 : slot + 1; };
     for (int token = token_of(0); token < end; token += kWarps * kTokens) {
       int seen[2];
 #pragma unroll
       for (int r = 0; r < 2; ++r) seen[r] = (token < span.hole_end ? span.hole_begin : row_end[r]) - token;
       uint32_t weights[2];
-      cp_async_wait<kHalves - 1>();
-      __syncwarp();  // every lane's copies of the half have landed
-      state.keys(ring + uint32_t(slot * Shape::kHalfBytes), c, lane, seen, weights);
-      __syncwarp();  // it has been read
-      copy_next();
-      step();
-      cp_async_wait<kHalves - 1>();
-      __syncwarp();
-      state.values(ring + uint32_t(slot * Shape::kHalfBytes), lane, weights);
-      __syncwarp();
-      copy_next();
-      step();
+      state.keys(smem_address(ring.arrived()), c, lane, seen, weights);
+      ring.release(copy_next);
+      state.values(smem_address(ring.arrived()), lane, weights);
+      ring.release(copy_next);
     }
     state.deposit(smem + warp * Shape::kBytes, c, lane);
   }

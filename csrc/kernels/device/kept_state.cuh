@@ -6,6 +6,7 @@
 // Lane (g, t) = (lane / 4, lane % 4).
 #pragma once
 
+#include "cp_async.cuh"
 #include "element.cuh"
 #include "mma.cuh"
 #include "state_sum.cuh"
@@ -24,6 +25,21 @@ struct KeptSingleShape {
   static_assert(kHeadDim == 128);                // a warp holds a row's channels, four a lane
   static_assert(kWarps * kBytes <= 227 * 1024);  // what a block may have
   static_assert(kStateBytes <= kBytes && kHalves >= 2);
+
+  // By one warp: a half whose first `valid` rows may be read, from `from` on.
+  static __device__ __forceinline__ void copy_half(const char* from, uint32_t to, int valid, int lane) {
+    constexpr int kRowChunks = kRowBytes / 16, kRowsAtOnce = 32 / kRowChunks;
+    from += lane * 16;
+#pragma unroll
+    for (int i = 0; i < kTokens / kRowsAtOnce; ++i) {
+      const int row = lane / kRowChunks + i * kRowsAtOnce;
+      const uint32_t place = swizzled(to, row, kRowBytes, lane % kRowChunks);
+      if (valid >= kTokens)
+        cp_async16_once(place, from + i * 512);
+      else  // zeros where nothing may be read
+        cp_async16(place, from + i * 512, row < valid);
+    }
+  }
 };
 
 // What one warp sums up. Columns of an mma are item rows, its rows keys or channels.

@@ -67,21 +67,15 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
   const int most = end - begin <= Shape::kShortRun ? Shape::kEarlyHalves : kHalves;
   const int early = warp < Shape::kEarlyWarps || !p.cache_settled ? most : 0;
 
-  QuantRing<typename Shape::Tile> ring{p, args.blob, smem + warp * Shape::kRingBytes, lane};
+  QuantRing<typename Shape::Tile> ring{{smem + warp * Shape::kRingBytes}, p, args.blob, lane};
   const auto locate = [&](int turn) {
     const int tile = begin + warp + (turn + lane) * kWarps;
     if (tile < end) ring.set(page_of<Shape>(p, args.blob, 0, tile, quant_tiles), kv_head, tile, quant_tiles);
   };
   const auto copy_next = [&] { ring.copy_next(begin + warp + ring.next_turn() * kWarps < end, locate); };
   locate(0);
-#pragma unroll 1
-  for (int i = 0; i < early; ++i) {
-    if (!p.cache_settled || begin + warp + i / 2 * kWarps >= quant_tiles)
-      wait_for_previous_kernel();
-    else
-      cp_async_wait<0>();  // see above
-    copy_next();
-  }
+  ring.fill(
+      early, [&] { return p.cache_settled && begin + warp + ring.next_turn() * kWarps < quant_tiles; }, copy_next);
   using State = QuantState<typename Shape::Tile>;
   const uint16_t* q_row = State::q_row(p, span.query0, first_item, items, kv_head, lane);
   wait_for_previous_kernel();

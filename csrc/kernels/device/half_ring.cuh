@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+// A warp's ring of half tiles in shared memory, K and V in turn. A half is refilled as soon as it has been read, which
+// keeps more on its way in the same memory than whole tiles would.
+//
+// A warp takes turns: lane i knows where the tile of the i-th turn from some multiple of kTurns on lies. Who owns the
+// ring says so (`locate`, for all lanes), which turns there are, and how a half is copied and read.
+#pragma once
+
+#include "cp_async.cuh"
+#include "launch.cuh"
+
+namespace vericache::cuda {
+
+template <int kHalves, int kSlotBytes>
+struct HalfRing {
+  static constexpr int kTurns = 32;
+
+  unsigned char* memory;
+  const char* from = nullptr;   // keys of this lane's tile
+  int next = 0, next_slot = 0;  // half to be copied next: of turn next / 2; its slot
+  int slot = 0;                 // to be read next
+
+  __device__ __forceinline__ int next_turn() const { return next / 2; }
+  __device__ __forceinline__ bool next_is_value() const { return next % 2 != 0; }
+  // What the lane that knows the next half's turn has as `x`.
+  template <class T>
+  __device__ __forceinline__ T of_next(T x) const {
+    return __shfl_sync(0xffffffffu, x, next_turn() % kTurns);
+  }
+
+  // Copies the next half, if its turn is `there`: copy(keys of its tile, where to). A group in any case.
+  template <class Locate, class Copy>
+  __device__ __forceinline__ void copy_next(bool there, const Locate& locate, const Copy& copy) {
+    if (there) {
+      if (next % (2 * kTurns) == 0 && next > 0) locate(next_turn());
+      copy(reinterpret_cast<const char*>(of_next(reinterpret_cast<uint64_t>(from))),
+           smem_address(memory) + uint32_t(next_slot * kSlotBytes));
+    }
+    cp_async_commit();
+    ++next;
+    next_slot = next_slot + 1 == kHalves ? 0 : next_slot + 1;
+  }
+  // The first `count` halves. Until the wait for the kernel before, which the first half that is not `settled` brings,
+  // one is on its way at a time: what that kernel asks of the memory queues behind what has been asked already.
+  template <class Settled, class CopyNext>
+  __device__ __forceinline__ void fill(int count, const Settled& settled, const CopyNext& copy_next) {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i) {
+      settled() ? cp_async_wait<0>() : wait_for_previous_kernel();
+      copy_next();
+    }
+  }
+
+  // The half to be read next; once it, and so many more, are there.
+  __device__ __forceinline__ const unsigned char* here() const { return memory + slot * kSlotBytes; }
+  template <int kMore = 0>
+  __device__ __forceinline__ const unsigned char* arrived() const {
+    cp_async_wait<kHalves - 1 - kMore>();
+    __syncwarp();  // every lane's copies have landed
+    return here();
+  }
+  // It has been read.
+  template <class CopyNext>
+  __device__ __forceinline__ void release(const CopyNext& copy_next) {
+    __syncwarp();
+    copy_next();
+    step();
+  }
+  __device__ __forceinline__ void step() { slot = slot + 1 == kHalves ? 0 : slot + 1; }
+};
+
+}  // namespace vericache::cuda
