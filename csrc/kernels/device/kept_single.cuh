@@ -36,19 +36,17 @@ inline constexpr int kKeptStatesAtOnce = 24;
 inline constexpr int kLeastPieceTiles = 4;
 
 // The request, for whole warps: a lane holds a KV head's length and pieces, and a row's position. One round of loads.
-struct KeptRequest {
-  int query0, rows, position, last, tail_start;  // last: the highest position
-  int kept, pieces, piece_tiles;
+struct KeptRequest : SingleRequest {
+  int last_position, tail_start, kept, pieces, piece_tiles;
 
   __device__ __forceinline__ static KeptRequest load(const KeptAttentionParams& p, int blocks, int lane) {
     constexpr uint32_t kAll = 0xffffffffu;
     const bool own = lane < p.kv_heads;
-    const int kept = own ? p.kept_len[lane] : 0, position = lane < p.rows ? p.row_position[lane] : -1;
-    const int tail_start = p.tail_start[0], query0 = p.row_offsets[0], end = p.row_offsets[1];
-    const int last = __reduce_max_sync(kAll, lane >= query0 && lane < end ? position : -1);
-    const int tail = max(0, last + 1 - tail_start);
+    const int kept = own ? p.kept_len[lane] : 0, tail_start = p.tail_start[0];
+    const auto request = SingleRequest::load(p, lane);
+    const int last = request.last(lane), tail = max(0, last + 1 - tail_start);
     const int tiles =
-        own && end > query0 ? ceil_of(ceil_of(kept, kTileTokens) * kTileTokens + tail, kGranuleTokens) : 0;
+        own && request.rows() > 0 ? ceil_of(ceil_of(kept, kTileTokens) * kTileTokens + tail, kGranuleTokens) : 0;
     // The shortest length that gives a block at most one piece. A head ends with a piece that may not be whole, so with
     // one piece less for each head it is long enough.
     const int all = __reduce_add_sync(kAll, tiles);
@@ -61,7 +59,7 @@ struct KeptRequest {
       else
         low = length + 1;
     }
-    return {query0, end - query0, position, last, tail_start, kept, ceil_of(tiles, low), low};
+    return {request, last, tail_start, kept, ceil_of(tiles, low), low};
   }
 };
 
@@ -89,7 +87,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   const int pieces = __shfl_sync(kAll, request.pieces, kv_head % 32);
   const int piece = int(blockIdx.x) - first_block;
   const int kept = __shfl_sync(kAll, request.kept, kv_head % 32), hole_end = ceil_of(kept, kTileTokens) * kTileTokens;
-  const Span span{0, hole_end + max(0, request.last + 1 - request.tail_start), kept, hole_end};
+  const Span span{0, hole_end + max(0, request.last_position + 1 - request.tail_start), kept, hole_end};
   const int begin = piece * request.piece_tiles * kTokens;
   const int end = works ? min(begin + request.piece_tiles * kTokens, span.hi) : begin;
   const int tiles = ceil_of(end - begin, kTokens);
@@ -111,7 +109,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   ring.fill(Shape::kHalves, [&] { return p.cache_settled && next_token() < span.hole_end; }, copy_next);
   wait_for_previous_kernel();
   let_next_kernel_start();
-  const int items = works ? request.rows * group : 0, first_head = kv_head * group;
+  const int items = works ? request.rows() * group : 0, first_head = kv_head * group;
   TaggedCounter* arrived = args.arrived + kv_head * Shape::kItemRows;
   if (piece == 0 && int(threadIdx.x) < items) atomicExch(arrived + threadIdx.x, kFreshCounter);
 
@@ -161,7 +159,7 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   if (blockIdx.x == gridDim.x - 1) {
     for (int i = warp; i < p.rows * p.q_heads; i += kWarps) {
       const int row = i / p.q_heads, own_pieces = __shfl_sync(kAll, request.pieces, i % p.q_heads / group);
-      const bool idle = row < request.query0 || row >= request.query0 + request.rows;
+      const bool idle = row < request.query0 || row >= request.end;
       if (idle || own_pieces == 0)
         StateSum<4>().store_normalized(static_cast<uint16_t*>(p.out) + int64_t(i) * Shape::kHeadDim + lane * 4);
     }

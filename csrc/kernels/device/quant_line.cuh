@@ -141,23 +141,4 @@ struct QuantPieces {
   }
 };
 
-inline constexpr int kSingleRows = 32;  // query rows at most where a warp holds them, one a lane
-
-// Rows and lengths of the only request; called by whole warps. In two steps, so that more can be asked for between.
-struct QuantSpan {
-  int query0, rows, last, quant_tiles;  // last: position
-
-  struct Loads {
-    int position, query0, end, quant_len;
-
-    __device__ __forceinline__ QuantSpan span(int lane) const {
-      const bool own = lane >= query0 && lane < end;
-      return {query0, end - query0, __reduce_max_sync(0xffffffffu, own ? position : -1), quant_len / kQuantTokens};
-    }
-  };
-  static __device__ __forceinline__ Loads load(const QuantAttentionParams& p, int lane) {
-    return {lane < p.rows ? p.row_position[lane] : -1, p.row_offsets[0], p.row_offsets[1], p.quant_len[0]};
-  }
-};
-
 }  // namespace vericache::cuda

@@ -19,6 +19,7 @@
 
 #include "quant_merge.cuh"
 #include "quant_ring.cuh"
+#include "splits.cuh"
 
 namespace vericache::cuda {
 
@@ -54,14 +55,14 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (!p.tables_settled) wait_for_previous_kernel();
   let_next_kernel_start();  // the merge reads nothing before its own wait that is not there by now
-  const QuantSpan::Loads loads = QuantSpan::load(p, lane);
+  const auto request = SingleRequest::load(p, lane);
+  const int quant_len = p.quant_len[0];
   const int unit = args.pieces.unit_of(int(blockIdx.x)), piece = int(blockIdx.x) - args.pieces.first(unit);
   const int group = p.q_heads / p.kv_heads;
   int kv_head = unit, first_item = 0;
   for (; kv_head >= p.kv_heads; kv_head -= p.kv_heads) first_item += Shape::kItemRows;
-  const QuantSpan span = loads.span(lane);
-  const int quant_tiles = span.quant_tiles;
-  const int items = span.rows * group, tail = max(0, span.last + 1 - quant_tiles * kQuantTokens);
+  const int last = request.last(lane), quant_tiles = quant_len / kQuantTokens;
+  const int items = request.rows() * group, tail = max(0, last + 1 - quant_tiles * kQuantTokens);
   const int tiles = first_item < items ? quant_tiles + (tail + Shape::kTailTokens - 1) / Shape::kTailTokens : 0;
   const int begin = args.pieces.begin(unit, tiles, piece), end = args.pieces.begin(unit, tiles, piece + 1);
   const int most = end - begin <= Shape::kShortRun ? Shape::kEarlyHalves : kHalves;
@@ -77,7 +78,7 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
   ring.fill(
       early, [&] { return p.cache_settled && begin + warp + ring.next_turn() * kWarps < quant_tiles; }, copy_next);
   using State = QuantState<typename Shape::Tile>;
-  const uint16_t* q_row = State::q_row(p, span.query0, first_item, items, kv_head, lane);
+  const uint16_t* q_row = State::q_row(p, request.query0, first_item, items, kv_head, lane);
   wait_for_previous_kernel();
 
   if (begin + warp < end) {
@@ -93,8 +94,8 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
       } else {
         const int skipped = (tile - quant_tiles) * Shape::kTailTokens + quant_tiles * kQuantTokens;
         int seen[2];
-        state.count_seen(seen, p, span.query0, first_item, items, skipped, lane);
-        ring.take_tail(state, c, span.last + 1 - skipped, seen, copy_next);
+        state.count_seen(seen, p, request.query0, first_item, items, skipped, lane);
+        ring.take_tail(state, c, last + 1 - skipped, seen, copy_next);
       }
     }
     auto* o = reinterpret_cast<float*>(smem + warp * Shape::kRingBytes);

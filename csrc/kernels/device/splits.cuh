@@ -243,4 +243,21 @@ struct Schedule {
   }
 };
 
+inline constexpr int kSingleRows = 32;  // query rows at most of a SingleRequest
+
+// What kernels for one request need of its rows, in place of a schedule. For whole warps: lane i has row i's position.
+struct SingleRequest {
+  int position, query0, end;
+
+  template <class Params>
+  static __device__ __forceinline__ SingleRequest load(const Params& p, int lane) {
+    return {lane < p.rows ? p.row_position[lane] : -1, p.row_offsets[0], p.row_offsets[1]};
+  }
+  __device__ __forceinline__ int rows() const { return end - query0; }
+  // The highest position. Apart from load(), so that more can be asked for between.
+  __device__ __forceinline__ int last(int lane) const {
+    return __reduce_max_sync(0xffffffffu, lane >= query0 && lane < end ? position : -1);
+  }
+};
+
 }  // namespace vericache::cuda
