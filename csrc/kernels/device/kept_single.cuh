@@ -21,6 +21,7 @@
 #include "kept_state.cuh"
 #include "launch.cuh"
 #include "shared_memory.cuh"
+#include "state_sum.cuh"
 #include "tagged_counter.cuh"
 
 namespace vericache::cuda {
@@ -143,7 +144,9 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
   }
   __syncthreads();  // deposits are there
   for (int row = warp; row < items; row += kWarps) {
-    merge_warps<Shape>(args.states, int64_t(blockIdx.x) * Shape::kItemRows + row, smem, min(tiles, kWarps), row, lane);
+    const uint32_t present = (1u << min(tiles, kWarps)) - 1;
+    sum_deposits<Shape>(smem, Shape::kBytes, present, row, lane)
+        .template store<Shape::kHeadDim>(args.states, int64_t(blockIdx.x) * Shape::kItemRows + row, lane);
     __syncwarp();  // every lane has stored its part
     int before = lane == 0 ? arrive(arrived + row) : 0;
     before = __shfl_sync(kAll, before, 0);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// What one warp of kept_single.cuh sums up over its tiles, with mma m16n8k16, and how the states of a block's warps
-// become one. Keys and channels take the 16-wide side of the mma, item rows its 8-wide side: scores are s[key][row],
-// outputs o[channel][row]; movmatrix turns the weights from one into the other.
+// What one warp of kept_single.cuh sums up over its tiles, with mma m16n8k16. Keys and channels take the 16-wide side
+// of the mma, item rows its 8-wide side: scores are s[key][row], outputs o[channel][row]; movmatrix turns the weights
+// from one into the other.
 //
 // Lane (g, t) = (lane / 4, lane % 4).
 #pragma once
@@ -9,7 +9,7 @@
 #include "cp_async.cuh"
 #include "element.cuh"
 #include "mma.cuh"
-#include "state_sum.cuh"
+#include "softmax_state.cuh"
 
 namespace vericache::cuda {
 
@@ -130,29 +130,5 @@ struct KeptState {
     }
   }
 };
-
-// Whole warp: a row's states of the first `present` warps, as one, to index `at`; lane i holds channels 4 i on.
-template <class Shape>
-__device__ __forceinline__ void merge_warps(const PartialStates& states, int64_t at, const unsigned char* deposits,
-                                            int present, int row, int lane) {
-  const auto of_warp = [&](int w) { return reinterpret_cast<const float*>(deposits + w * Shape::kBytes); };
-  const auto* own_ml = reinterpret_cast<const float2*>(of_warp(lane) + Shape::kItemRows * Shape::kStateRow);
-  const float2 ml = lane < present ? own_ml[row] : make_float2(negative_infinity(), 0.f);
-  StateSum<4> sum;
-  sum.reference = ml.x;
-  for (int step = 16; step > 0; step /= 2)
-    sum.reference = fmaxf(sum.reference, __shfl_xor_sync(0xffffffffu, sum.reference, step));
-  const float weight = sum.weight_of(ml.x, sum.reference);
-  sum.l = warp_sum(ml.y * weight);
-#pragma unroll
-  for (int w = 0; w < Shape::kWarps; ++w) {
-    if (w >= present) continue;
-    float o[4];
-    load_channels(o, of_warp(w) + row * Shape::kStateRow + lane * 4);
-    sum.add(o, __shfl_sync(0xffffffffu, weight, w));
-  }
-  reinterpret_cast<float4*>(states.o)[at * 32 + lane] = {sum.o[0], sum.o[1], sum.o[2], sum.o[3]};
-  if (lane == 0) states.ml[at] = make_float2(sum.reference, sum.l);
-}
 
 }  // namespace vericache::cuda

@@ -40,31 +40,11 @@ __device__ __forceinline__ void merge_deposits(const QuantAttentionParams& p, co
   constexpr int kPieces = Shape::kHeadDim / 4;
   for (int task = threadIdx.x; task < unit.rows * kPieces; task += int(blockDim.x)) {
     const int row = task / kPieces, piece = task % kPieces;
-    const auto has = [&](int w) { return (present >> w & 1) != 0; };
-    StateSum<4> sum;
-    float2 ml[Shape::kWarps];
-#pragma unroll
-    for (int w = 0; w < Shape::kWarps; ++w) {
-      const auto* at = deposits + w * apart + Shape::kItemRows * Shape::kHeadDim * 4;
-      ml[w] = has(w) ? reinterpret_cast<const float2*>(at)[row] : make_float2(negative_infinity(), 0.f);
-      sum.reference = fmaxf(sum.reference, ml[w].x);
-    }
-#pragma unroll
-    for (int w = 0; w < Shape::kWarps; ++w) {
-      if (!has(w)) continue;
-      const float weight = StateSum<4>::weight_of(ml[w].x, sum.reference);
-      float o[4];
-      load_channels(o, reinterpret_cast<const float*>(deposits + w * apart) + task * 4);
-      sum.add(o, weight);
-      sum.l = fmaf(ml[w].y, weight, sum.l);
-    }
-    if (unit.whole) {
+    const auto sum = sum_deposits<Shape>(deposits, apart, present, row, piece);
+    if (unit.whole)
       sum.store_normalized(static_cast<uint16_t*>(p.out) + unit.out_row(p, row) * Shape::kHeadDim + piece * 4);
-    } else {
-      const int64_t at = (int64_t(blockIdx.x) + unit.number) * Shape::kItemRows + row;
-      reinterpret_cast<float4*>(states.o)[at * kPieces + piece] = {sum.o[0], sum.o[1], sum.o[2], sum.o[3]};
-      if (piece == 0) states.ml[at] = make_float2(sum.reference, sum.l);
-    }
+    else
+      sum.template store<Shape::kHeadDim>(states, (int64_t(blockIdx.x) + unit.number) * Shape::kItemRows + row, piece);
   }
 }
 

@@ -45,7 +45,7 @@ struct QuantShape {
   static_assert(!kPaired || kChunkChannels == 2 * kGroup);
 
   // Shared memory: the line, then of as many warps as there is room for the states they deposit, then their rings.
-  static constexpr int kStateBytes = (kItemRows * (kHeadDim * 4 + 8) + 127) / 128 * 128;
+  static constexpr int kStateRow = kHeadDim, kStateBytes = (kItemRows * (kStateRow * 4 + 8) + 127) / 128 * 128;
   static constexpr int kSlotBytes = (std::max(kQuantHalf, kTailHalf) + 127) / 128 * 128;
   static constexpr int kRingBytes = kHalves * kSlotBytes, kWarpBytes = kStateBytes + kRingBytes;
   static __host__ __device__ int line_bytes(int requests) { return (QuantLine::ints(requests) * 4 + 127) / 128 * 128; }

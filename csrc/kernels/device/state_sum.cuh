@@ -41,6 +41,13 @@ struct StateSum {
     else
       *reinterpret_cast<uint32_t*>(to) = words[0];
   }
+  // To state `at`, whose channels piece * kChannels .. it has.
+  template <int kHeadDim>
+  __device__ __forceinline__ void store(const PartialStates& states, int64_t at, int piece) const {
+    static_assert(kChannels == 4);
+    reinterpret_cast<float4*>(states.o + at * kHeadDim)[piece] = {o[0], o[1], o[2], o[3]};
+    if (piece == 0) states.ml[at] = make_float2(reference, l);
+  }
 };
 
 template <int kChannels>
@@ -49,6 +56,33 @@ __device__ __forceinline__ void load_channels(float (&to)[kChannels], const floa
   load_words(words, from);
 #pragma unroll
   for (int j = 0; j < kChannels; ++j) to[j] = __uint_as_float(words[j]);
+}
+
+// Of a row's states that the warps in `present` have left in shared memory, `apart` bytes from warp to warp: channels
+// 4 piece .. of their sum. Each is kItemRows rows of o, kStateRow floats apart, then m and l of each row.
+template <class Shape>
+__device__ __forceinline__ StateSum<4> sum_deposits(const unsigned char* deposits, int apart, uint32_t present, int row,
+                                                    int piece) {
+  const auto has = [&](int w) { return (present >> w & 1) != 0; };
+  const auto of_warp = [&](int w) { return reinterpret_cast<const float*>(deposits + w * apart); };
+  StateSum<4> sum;
+  float2 ml[Shape::kWarps];
+#pragma unroll
+  for (int w = 0; w < Shape::kWarps; ++w) {
+    const float* from = of_warp(w) + Shape::kItemRows * Shape::kStateRow;
+    ml[w] = has(w) ? reinterpret_cast<const float2*>(from)[row] : make_float2(negative_infinity(), 0.f);
+    sum.reference = fmaxf(sum.reference, ml[w].x);
+  }
+#pragma unroll
+  for (int w = 0; w < Shape::kWarps; ++w) {
+    if (!has(w)) continue;
+    const float weight = StateSum<4>::weight_of(ml[w].x, sum.reference);
+    float o[4];
+    load_channels(o, of_warp(w) + row * Shape::kStateRow + piece * 4);
+    sum.add(o, weight);
+    sum.l = fmaf(ml[w].y, weight, sum.l);
+  }
+  return sum;
 }
 
 // Past the L1: for what other blocks, or another kernel, have written meanwhile.
