@@ -114,11 +114,13 @@ def test_kept_and_tail_can_be_empty(device, head_dim, dtype):
 @pytest.mark.parametrize(("head_dim", "dtype"), [(64, torch.float32), (128, torch.bfloat16)])
 def test_kept_idle_rows_are_zeros(device, head_dim, dtype):
     case = KeptCase([[700, 90]], [(768, [770])], 8, head_dim, dtype, device)
-    alone = case.run()
+    want, alone = case.reference(), case.run()
     case.q = torch.cat([case.q, normal((2, 8, head_dim), dtype, device, 9)])
     case.row_position = int32([770, -5, -5], device)
     got = case.run()
-    assert_same_bits(got[:1], alone, "beside idle rows")
+    assert_close(got[:1], want, dtype)
+    if device == "cpu":  # on a GPU more rows, idle or not, may be cut otherwise
+        assert_same_bits(got[:1], alone, "beside idle rows")
     assert_same_bits(got[1:], torch.zeros_like(got[1:]), "idle rows")
     case.row_offsets, case.row_position = int32([0, 0], device), int32([-5, -5, -5], device)
     assert_same_bits(case.run(), torch.zeros_like(got), "only idle rows")
