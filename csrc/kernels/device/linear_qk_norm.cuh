@@ -31,8 +31,9 @@ __device__ __forceinline__ float sum_of_squares4(const float (&low)[4], const fl
          (sum_of_squares<1>(low + 2, high + 2) + sum_of_squares<1>(low + 3, high + 3));
 }
 
-// By all threads of the blocks that have the 2^tiles_log2 tiles of a head. `sums`: norm_sums_bytes(kTokens)
-// of shared memory, at the same place in all. total(token, row): the sums of w's rows row .. row + 3 of the tile.
+// By all threads of the blocks that have the 2^tiles_log2 tiles of a head, after each has seen that the others run.
+// `sums`: norm_sums_bytes(kTokens) of shared memory, at the same place in all. total(token, row): the sums of w's rows
+// row .. row + 3 of the tile.
 template <int kTokens, int kThreads, class Total>
 __device__ __forceinline__ void finish_norm_rope(const RopeWriteParams& rope, const __nv_bfloat16* bias, int head,
                                                  int first_pair, int tiles_log2, int rows, float* sums,

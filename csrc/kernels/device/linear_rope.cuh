@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The end of the qkv product where it goes straight to rope_write's outputs: bias, rounding, rotation, and the store to
 // q or to the row's page. The sum is rounded to bfloat16 before it is rotated, so the bits are those of linear and
-// rope_write one after the other.
+// rope_write one after the other. With QK-norm: linear_qk_norm.cuh.
 //
 // Tiles. An output of a rotation needs channels i and i + head_dim / 2 of its head: a pair. A tile has a run of 8, 16
 // or 32 pairs from each of a few heads (bf16_heads_map): of each head 8 low rows, their 8 high rows, the next 8 low

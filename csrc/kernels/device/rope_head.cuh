@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// A head's QK-norm and rotation by a warp: lane l owns the kPairs pairs kPairs * l .. of the half-split rotation, that
-// is channels i and i + head_dim / 2; lanes past the half own none. rope_write and the linear kernel that rotates must
-// agree in bits.
+// QK-norm and rotation of a head by a warp: lane l owns the kPairs pairs kPairs * l .. of the half-split rotation, that
+// is channels i and i + head_dim / 2; lanes past the half own none. linear_qk_norm.cuh gives the same bits.
 //
 // Reduction order (R1): a lane adds the squares of its low channels, then of its high ones, by fused multiply-add; then
-// the butterfly of device/reduce.cuh. It depends on head_dim alone.
+// lanes by the butterfly lane ^ 1, 2, 4, 8, 16, neighbours first. It depends on head_dim alone.
 #pragma once
 
 #include "element.cuh"
