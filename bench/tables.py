@@ -66,6 +66,8 @@ def exactness(result: dict[str, Any]) -> str:
         f"{settings['model']}, {settings['exercises']} held-out exercises of about {lengths} tokens, greedy, "
         f"draft length {settings['draft_len']}. "
     )
+    if "stopped" in settings:
+        caption += f"The run was stopped {settings['stopped']}. "
     return table(head, rows) + "\n" + caption + where(result["environment"])
 
 
