@@ -47,6 +47,11 @@ def fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
+def command_line() -> str:
+    """The command that runs now, without folders of the machine."""
+    return shlex.join([Path(sys.executable).name, "-m", *_module(sys.argv)])
+
+
 def environment(device: str) -> dict[str, Any]:
     """Describes the machine, the versions and the command.
 
@@ -63,7 +68,6 @@ def environment(device: str) -> dict[str, Any]:
             "driver": driver[0] if driver else "unknown",
             "cuda": torch.version.cuda,
         }
-    command = [Path(sys.executable).name, "-m", *_module(sys.argv)]
     return {
         "date": date.today().isoformat(),
         "device": device,
@@ -77,7 +81,7 @@ def environment(device: str) -> dict[str, Any]:
         "commit": os.environ.get("VERICACHE_COMMIT") or _output("git", "rev-parse", "HEAD") or "unknown",
         "uncommitted_changes": bool(_output("git", "status", "--porcelain")),
         "fingerprint": fingerprint(),
-        "command": shlex.join(command),
+        "command": command_line(),
     }
 
 

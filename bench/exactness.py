@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 
-from bench._env import ROOT, environment, fingerprint
+from bench._env import ROOT, command_line, environment, fingerprint
 from tools.train_nano.exercises import Exercise, make_exercise
 from tools.train_nano.world import KINDS
 from vericache import LLM, SamplingParams, ops
@@ -197,6 +197,8 @@ def summarize(arguments: argparse.Namespace, mark: str) -> dict[str, Any]:
     return {
         "environment": machines[0],
         "shards": len(machines),
+        # Of a run that is added up apart: which of its exercises count is said here, not by the shards' command.
+        "summary_command": command_line() if arguments.summarize else None,
         "other_machines": [machine for machine in machines if not same_machine(machine, machines[0])],
         "settings": {
             "model": arguments.model,

@@ -66,8 +66,8 @@ def exactness(result: dict[str, Any]) -> str:
         f"{settings['model']}, {settings['exercises']} held-out exercises of about {lengths} tokens, greedy, "
         f"draft length {settings['draft_len']}. "
     )
-    if "stopped" in settings:
-        caption += f"The run was stopped {settings['stopped']}. "
+    if result.get("summary_command"):
+        caption += f"Added up by `{result['summary_command']}`. "
     return table(head, rows) + "\n" + caption + where(result["environment"])
 
 
@@ -137,7 +137,7 @@ def gpu_checks(result: dict[str, Any]) -> str:
 def engine_shape(result: dict[str, Any]) -> str:
     """One sentence from the engine's runs on the 8B shape (tests/engine/test_8b_shape.py)."""
     r = result["result"]
-    norm = ", with QK-norm," if r.get("qk_norm") else ""
+    norm = ", with QK-norm," if r["qk_norm"] else ""
     return (
         f"C1 and C2 with {r['layers']} layers of an 8B Llama{norm} and prompts of 1000 to 3001 tokens, `full` and "
         f"`vericache` with {len(r['compressors'])} compressors: {r['differences']} differences in {r['tokens']:,} "

@@ -134,7 +134,6 @@ void linear_rope_times(Report& report) {
   for (int i = 0; i < sets; ++i) w.push_back(random_buffer<T>(size_t(n) * k, 100 + i, 0.02f));
   const Buffer x = random_buffer<T>(size_t(kMostRows) * k, 1), normed = random_buffer<T>(size_t(kMostRows) * k, 4);
   const Buffer weight = random_buffer<T>(k, 2), head_weight = random_buffer<T>(kHeadDim, 5);
-  const Buffer workspace(size_t(kMostRows) * n * 4);
   const Buffer qkv(size_t(kMostRows) * n * 2), q_out(size_t(kMostRows) * kQHeads * kHeadDim * 2);
   const Buffer pages(page_bytes * kMostRows), angles = random_buffer<float>(size_t(kPositions) * kHeadDim / 2, 3);
   std::vector<int32_t> position(kMostRows);
@@ -147,14 +146,13 @@ void linear_rope_times(Report& report) {
     LinearRopeWriteParams p{};
     p.product.x = normed.get(), p.product.out = qkv.get(), p.product.x_stride_row = k, p.product.out_stride_row = n;
     p.product.rows = rows, p.product.n = n, p.product.k = k, p.product.dtype = DType::kBFloat16;
-    p.product.w_settled = true, p.workspace = workspace.get();
+    p.product.w_settled = true, p.workspace = qkv.get();
     p.rope.qkv = qkv.get(), p.rope.cos = p.rope.sin = angles.get<float>(), p.rope.q_out = q_out.get();
     p.rope.row_position = d_position.get<int32_t>(), p.rope.row_page = d_page.get<int64_t>();
     p.rope.qkv_stride_row = n, p.rope.rows = rows, p.rope.q_heads = kQHeads, p.rope.kv_heads = kKvHeads;
     p.rope.head_dim = kHeadDim, p.rope.page_size = kPageSize, p.rope.dtype = DType::kBFloat16;
     const double bytes = double(w_bytes) + double(rows) * (k + n) * 2;
-    for (const int kind : {0, 1, 2, 3}) {
-      const bool qk_norm = kind >= 2, with_norm = kind % 2 == 1;
+    for (const auto [qk_norm, with_norm] : {std::pair{false, false}, {false, true}, {true, false}, {true, true}}) {
       p.rope.q_norm = p.rope.k_norm = qk_norm ? head_weight.get() : nullptr;
       const auto time = [&](const char* name, const std::function<void(cudaStream_t)>& run) {
         const double us = time_graph(std::max(sets, 12), 9, [&](int i, cudaStream_t s) {

@@ -7,7 +7,7 @@
 namespace vericache::bench {
 
 // linear_rope_write is bit for bit rope_write of the plain product, q and pages alike, at all row counts, with QK-norm
-// and without, in a workspace that holds what the calls before have left there.
+// and without.
 template <class T>
 void rope_equality(Report& report, int q_heads, int kv_heads, int head_dim, int k, DType dtype, bool quick) {
   constexpr int kPageSize = 16, kPositions = 300;
@@ -15,7 +15,7 @@ void rope_equality(Report& report, int q_heads, int kv_heads, int head_dim, int 
   const size_t page_bytes = size_t(2) * kv_heads * kPageSize * head_dim * sizeof(T);
   const size_t q_bytes = size_t(q_heads) * head_dim * sizeof(T);
   const Buffer x = random_buffer<T>(size_t(all_rows) * k, 61), w = random_buffer<T>(size_t(n) * k, 62, 0.05f);
-  const Buffer bias = random_buffer<T>(n, 63), product(size_t(all_rows) * n * sizeof(T));
+  const Buffer bias = random_buffer<T>(n, 63), product(size_t(all_rows) * n * sizeof(T)), workspace(product.bytes());
   const Buffer norms = random_buffer<T>(size_t(2) * head_dim, 66);
   const Buffer cos = random_buffer<float>(size_t(kPositions) * half, 64);
   const Buffer sin = random_buffer<float>(size_t(kPositions) * half, 65);
@@ -24,7 +24,6 @@ void rope_equality(Report& report, int q_heads, int kv_heads, int head_dim, int 
   Rng rng(7);
   uint64_t different = 0;
   bool guard = true, control = true;
-  const Buffer workspace(2 * product.bytes());
   workspace.poison();
   for (int rows = 1; rows <= all_rows; rows += quick ? 33 : 1) {
     std::vector<int> slot(rows);  // of each row, in another order every time

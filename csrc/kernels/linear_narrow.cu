@@ -52,7 +52,7 @@ namespace {
 constexpr int kChunkK = 64, kRowBytes = kChunkK * 2;  // k a chunk; bytes of a row of it
 constexpr int kMostParts = 4, kMostTokens = 128;
 constexpr int kGroupTokens = 64;  // of a multiplying warpgroup
-constexpr int kSoloTokens = 32;   // most tokens of a block with all parts
+constexpr int kSoloTokens = 32;   // most tokens of a block with all of four parts
 constexpr int kMaxStages = 16;
 constexpr int kBarrierBytes = 8 * (2 * kMaxStages + 1);
 constexpr int kEndBytes = kBarrierBytes + norm_sums_bytes(kGroupTokens);
@@ -96,9 +96,9 @@ struct NarrowArgs {
   RopeWriteParams rope;
 };
 
-// Who adds which rows of a tile, and where the sums lie meanwhile. A sum is all four parts; of a pair of blocks p0 +
-// p1, p2, p3. Each block has room for all sums of its own rows [sum][64 tokens][pitch], then for what it sends [64
-// tokens][pitch of the other].
+// Who adds which rows of a tile, and where the sums lie meanwhile. A sum is all parts; of a pair of blocks p0 + p1, p2,
+// p3. Each block has room for all sums of its own rows [sum][kTokens][pitch], then for what it sends [kTokens][pitch of
+// the other].
 template <class Shape>
 struct Shares {
   static constexpr int kRows = Shape::kRows, kRanks = Shape::kRanks, kTokens = Shape::kTokens;

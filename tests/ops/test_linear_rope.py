@@ -178,7 +178,7 @@ def test_unaligned_tables_take_the_other_way_cuda(rng: torch.Generator) -> None:
 @pytest.mark.cuda
 @torch.inference_mode()
 def test_calls_one_right_after_another_cuda(rng: torch.Generator) -> None:
-    # Each starts beside the one before it, with QK-norm in memory that others have used and left.
+    # Each starts beside the one before it, whose clusters still exchange the sums of its norms.
     calls = [Call(shape, rows, torch.bfloat16, "cuda", rng) for shape in LARGE[:3] for rows in (64, 1, 9, 40)]
     for call in calls:
         call.q_norm, call.k_norm = call.norms

@@ -2,11 +2,10 @@
 // Kept attention for one request of few units, where the time between two calls' bytes counts most. For Hopper.
 //
 // Every KV head is cut into even pieces of one length, the shortest, of kLeastPieceTiles or more, that gives a block at
-// most one piece. A block's
-// warps take turns at tiles of 16 tokens and work alone until the piece ends; then one warp a row merges their states,
-// leaves the result in memory and counts (tagged_counter.cuh); whose count completes the head's pieces merges them. So
-// the next call's wait ends with the last block. A head's first block sets its counters; every block waits for one of a
-// lower number.
+// most one piece. A block's warps take turns at tiles of 16 tokens and work alone until the piece ends; then one warp a
+// row merges their states, leaves the result in memory and counts (tagged_counter.cuh); whose count completes the
+// head's pieces merges them. So the next call's wait ends with the last block. A head's first block sets its counters;
+// every block waits for one of a lower number.
 //
 // A warp's ring (half_ring.cuh) is filled before the wait for the kernel before.
 //
