@@ -53,6 +53,7 @@ __device__ __forceinline__ void finish_norm_rope(const RopeWriteParams& rope, co
   const int tiles = 1 << tiles_log2, own = first_pair / kNormRun;
   float weight_low[4], weight_high[4], low[kItems][4], high[kItems][4], cos[kItems][4], sin[kItems][4];
   __nv_bfloat16* dst[kItems];
+  const __nv_bfloat16* of_pair = bias ? bias + head * rope.head_dim + pair : nullptr;
   load_run(norm + pair, weight_low), load_run(norm + half + pair, weight_high);
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
@@ -68,14 +69,8 @@ __device__ __forceinline__ void finish_norm_rope(const RopeWriteParams& rope, co
 #pragma unroll
   for (int i = 0; i < kItems; ++i) {
     const int token = token0 + i * kStep;
-    const auto get = [&](float (&x)[4], int tile_row, int channel) {
-      const float4 sum = token < rows ? total(token, tile_row) : float4{};
-      x[0] = sum.x, x[1] = sum.y, x[2] = sum.z, x[3] = sum.w;
-      if (bias) add_run(x, bias + head * rope.head_dim + channel);
-#pragma unroll
-      for (int j = 0; j < 4; ++j) x[j] = round_to<__nv_bfloat16>(x[j]);
-    };
-    get(low[i], row, pair), get(high[i], row + 8, half + pair);
+    const float4 l = token < rows ? total(token, row) : float4{}, h = token < rows ? total(token, row + 8) : float4{};
+    round_sums(l, of_pair, low[i]), round_sums(h, of_pair ? of_pair + half : nullptr, high[i]);
     const float squares = sum_neighbours<kNormThreads>(sum_of_squares4(low[i], high[i], rope.head_dim));
     if (v < tiles) store_cluster_float(map_to_rank(smem_address(sums + own * kTokens + token), v), squares);
   }

@@ -80,6 +80,14 @@ __device__ __forceinline__ bool is_rotated(const RopeWriteParams& rope, int head
   return head < rope.q_heads + rope.kv_heads;
 }
 
+// linear's output of four neighbouring channels, from their sums. bias: at the first of them, or null.
+__device__ __forceinline__ void round_sums(float4 sum, const __nv_bfloat16* bias, float (&x)[4]) {
+  x[0] = sum.x, x[1] = sum.y, x[2] = sum.z, x[3] = sum.w;
+  if (bias) add_run(x, bias);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) x[i] = round_to<__nv_bfloat16>(x[i]);
+}
+
 // One pair of one row, from its two sums.
 __device__ __forceinline__ void finish_rope1(const RopeWriteParams& rope, const __nv_bfloat16* bias, int64_t row,
                                              int head, int pair, float low, float high) {
@@ -115,16 +123,13 @@ __device__ __forceinline__ void finish_rope4(const RopeWriteParams& rope, const 
     s = *reinterpret_cast<const float4*>(rope.sin + at);
   }
   const float4 l = low_sums(), h = high_sums();
-  float low[4] = {l.x, l.y, l.z, l.w}, high[4] = {h.x, h.y, h.z, h.w};
+  const __nv_bfloat16* of_pair = bias ? bias + head * rope.head_dim + pair : nullptr;
+  float low[4], high[4];
+  round_sums(l, of_pair, low), round_sums(h, of_pair ? of_pair + half : nullptr, high);
   const float cos[4] = {c.x, c.y, c.z, c.w}, sin[4] = {s.x, s.y, s.z, s.w};
-  if (bias) {
-    add_run(low, bias + head * rope.head_dim + pair);
-    add_run(high, bias + head * rope.head_dim + half + pair);
-  }
+  if (rotated) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    low[i] = round_to<__nv_bfloat16>(low[i]), high[i] = round_to<__nv_bfloat16>(high[i]);
-    if (rotated) rotate_pair(low[i], high[i], cos[i], sin[i]);
+    for (int i = 0; i < 4; ++i) rotate_pair(low[i], high[i], cos[i], sin[i]);
   }
   store_run(dst + pair, low), store_run(dst + half + pair, high);
 }
