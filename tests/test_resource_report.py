@@ -57,7 +57,9 @@ def test_table_has_the_most_of_each_family() -> None:
     assert text.splitlines()[1].split() == ["norm", "sm_90a", "2", "90", "8", "0", "0"]
 
 
-@pytest.mark.parametrize("family", ["paged_attention", "kept_attention", "linear", "linear_mma", "linear_narrow"])
+@pytest.mark.parametrize(
+    "family", ["paged_attention", "kept_attention", "linear", "linear_mma", "linear_narrow", "linear_wide"]
+)
 def test_spills_and_stack_frames_are_violations(family: str) -> None:
     kernels = parse(log("_Z2okv") + log("_Z7spillerv", spill=16, stack=16) + log("_Z5localv", stack=8), family)
     assert [k.name for k in violations(kernels)] == ["_Z7spillerv", "_Z5localv"]

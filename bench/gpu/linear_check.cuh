@@ -75,10 +75,11 @@ void linear_against_double(Report& report, const char* name, DType dtype, double
     bool bias, residual, f32;
   };
   const Case cases[] = {
-      {1, 6144, 4096, false, false, false}, {7, 4096, 4096, true, false, false}, {8, 4096, 4096, false, true, false},
-      {9, 4096, 14336, false, true, false}, {33, 6144, 4096, true, true, false}, {64, 4096, 4096, false, false, true},
-      {65, 1000, 1376, true, true, true},   {61, 257, 520, true, false, false},  {17, 61, 72, false, true, true},
-      {256, 512, 512, true, true, false},   {100, 1, 8, false, false, false},    {3, 5, 61, true, true, false},
+      {1, 6144, 4096, false, false, false},  {7, 4096, 4096, true, false, false},  {8, 4096, 4096, false, true, false},
+      {9, 4096, 14336, false, true, false},  {33, 6144, 4096, true, true, false},  {64, 4096, 4096, false, false, true},
+      {65, 1000, 1376, true, true, true},    {61, 257, 520, true, false, false},   {17, 61, 72, false, true, true},
+      {256, 512, 512, true, true, false},    {200, 4096, 4096, true, true, false}, {300, 6144, 1024, false, true, true},
+      {256, 28672, 512, true, false, false}, {100, 1, 8, false, false, false},     {3, 5, 61, true, true, false},
       {1, 28672, 4096, false, false, false}};
   double worst = 0;
   std::string at;
@@ -181,14 +182,14 @@ void linear_invariance(Report& report, int n, int k, DType dtype, bool f32_out, 
 // SwiGLU is bit for bit silu_mul of the plain product, at all row counts.
 inline void swiglu_equality(Report& report, int n, int k, bool quick) {
   using T = __nv_bfloat16;
-  const int all_rows = quick ? 9 : 140, dim = n / 2;
+  const int all_rows = quick ? 9 : 300, dim = n / 2;
   const Buffer x = random_buffer<T>(size_t(all_rows) * k, 51), w = random_buffer<T>(size_t(n) * k, 52, 0.05f);
   const Buffer bias = random_buffer<T>(n, 53), product(size_t(all_rows) * n * 2 + 64);
   const Buffer workspace(size_t(all_rows) * n * 2);
   const Buffer want(size_t(all_rows) * dim * 2), got(size_t(all_rows) * dim * 2 + 64);
   uint64_t different = 0;
   bool guard = true, control = true;
-  for (const int rows : {1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 140}) {
+  for (const int rows : {1, 3, 8, 9, 16, 17, 32, 33, 64, 65, 100, 128, 140, 200, 256, 300}) {
     if (rows > all_rows) break;
     for (const bool with_bias : {false, true}) {
       LinearParams p = linear_params(x.get(), w.get(), product.get(), rows, n, k, DType::kBFloat16, false);
@@ -211,6 +212,44 @@ inline void swiglu_equality(Report& report, int n, int k, bool quick) {
   report.check(text("linear_swiglu_", n, "x", k), different == 0 && guard && control,
                text(different, " differ from silu_mul(linear), guard ", guard ? "intact" : "overwritten", ", control ",
                     control ? "seen" : "missed"));
+}
+
+// Many rows at once against 64 at a time, with all that may follow the sums: the same bits, and nothing else written.
+inline void many_rows_equality(Report& report, int n, int k, std::initializer_list<int> counts,
+                               std::initializer_list<int> kinds = {0, 1, 2, 3}) {
+  using T = __nv_bfloat16;
+  const int all_rows = std::max(counts), stride = n + 8;
+  const Buffer x = random_buffer<T>(size_t(all_rows + 1) * (k + 8), 71), w = random_buffer<T>(size_t(n) * k, 72, 0.05f);
+  const Buffer bias = random_buffer<T>(n, 73), residual = random_buffer<T>(size_t(all_rows) * n, 74);
+  const Buffer want(size_t(all_rows) * stride * 4), got(want.bytes() + 64), workspace(size_t(all_rows) * n * 2);
+  uint64_t different = 0;
+  bool control = true;
+  for (const int rows : counts) {
+    for (const int kind : kinds) {  // 0 plain float32; 1 bias; 2 bias and residual; 3 bias and SwiGLU
+      LinearParams p = linear_params(x.get(), w.get(), got.get(), rows, n, k, DType::kBFloat16, kind == 0);
+      p.x_stride_row = k + 8, p.out_stride_row = kind == 3 ? n / 2 : stride, p.w_settled = kind % 2 == 0;
+      if (kind > 0) p.bias = bias.get();
+      if (kind == 2) p.residual = residual.get();
+      if (kind == 3) p.swiglu = true, p.workspace = workspace.get();
+      const size_t row_bytes = size_t(p.out_stride_row) * (kind == 0 ? 4 : 2);
+      got.poison(), want.poison();
+      cuda::linear(p, nullptr);
+      for (int row = 0; row < rows; row += 64) {
+        LinearParams part = p;
+        part.rows = std::min(64, rows - row);
+        part.x = x.get<T>() + size_t(row) * p.x_stride_row;
+        if (p.residual) part.residual = residual.get<T>() + size_t(row) * n;
+        part.out = want.get<uint8_t>() + row * row_bytes;
+        cuda::linear(part, nullptr);
+      }
+      different += differences(got.get(), want.get(), nullptr, all_rows, row_bytes);  // with what lies between the rows
+      p.x = x.get<T>() + p.x_stride_row;                                              // control: every row is the next
+      cuda::linear(p, nullptr);
+      control &= differences(got.get(), want.get(), nullptr, 1, row_bytes) > 0;
+    }
+  }
+  report.check(text("linear_many_rows_", n, "x", k), different == 0 && control,
+               text(different, " differ from 64 rows at a time, control ", control ? "seen" : "missed"));
 }
 
 inline void linear_checks(Report& report, bool quick) {
@@ -245,6 +284,23 @@ inline void linear_checks(Report& report, bool quick) {
                                 {48, 64},      {16, 2048},   {122, 72},    {122, 61}};
   for (const auto& s : kSwiglu)
     if (!quick || s[0] * s[1] < 1 << 22) swiglu_equality(report, s[0], s[1], quick);
+  // Of linear_wide.cu: one part of k, two and four, and all sizes of tile.
+  if (quick) {
+    many_rows_equality(report, 96, 128, {66, 200}, {2, 3});
+    many_rows_equality(report, 96, 1024, {130, 200}, {2, 3});
+  } else {
+    for (const auto& s : {std::pair{6144, 4096},
+                          {4096, 4096},
+                          {1024, 3072},
+                          {7168, 5120},
+                          {28672, 1024},
+                          {4000, 4096},
+                          {96, 128},
+                          {10240, 1024},
+                          {520, 64}})
+      many_rows_equality(report, s.first, s.second,
+                         {65, 72, 100, 128, 129, 136, 192, 193, 250, 256, 257, 300, 512, 700});
+  }
   if (!quick) linear_invariance<__nv_bfloat16>(report, 128256, 4096, DType::kBFloat16, true, quick);
   linear_invariance<__nv_bfloat16>(report, 257, 61, DType::kBFloat16, false, quick);
   linear_invariance<float>(report, 768, 512, DType::kFloat32, false, quick);

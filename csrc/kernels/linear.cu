@@ -25,11 +25,12 @@
 // as with the kernels below.
 //
 // linear_rope_write: a tile has 32 pairs of each of its heads (device/linear_rope.cuh); else as with SwiGLU. Where that
-// does not fit (another head_dim, an odd alignment, QK-norm) and with the kernels for other GPUs and for float32:
-// linear, then rope_write.
+// does not fit (another head_dim, an odd alignment, QK-norm, more than 128 rows) and with the kernels for other GPUs
+// and for float32: linear, then rope_write.
 //
 // Up to 128 rows of x where k has several parts: linear_narrow.cu, the same sums, rotated or not; QK-norm up to 64.
-// Other GPUs: linear_mma.cu. float32 storage, and a k that is no multiple of 8: linear_simple.cu.
+// More rows, and more than 64 where k has one part: linear_wide.cu, the same sums; not rotated. Other GPUs:
+// linear_mma.cu. float32 storage, and a k that is no multiple of 8: linear_simple.cu.
 #include "device/barrier.cuh"
 #include "device/cluster.cuh"
 #include "device/cp_async.cuh"
@@ -50,6 +51,8 @@ bool linear_narrow(const LinearParams& p, const RopeWriteParams* rope, const Lin
                    const DeviceInfo& info, cudaStream_t stream);
 // Whether it has one for a product that QK-norm follows.
 bool fuses_qk_norm(const LinearParams& p);
+// Runs the product and returns true if more rows, or other tiles, are better there.
+bool linear_wide(const LinearParams& p, const LinearHopperPlan& plan, const DeviceInfo& info, cudaStream_t stream);
 void linear_mma(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream);
 void linear_simple(const LinearParams& p, const DeviceInfo& info, cudaStream_t stream);
 
@@ -91,16 +94,6 @@ __device__ __forceinline__ void spill(const float (&acc)[kTokens / 2], float* ds
       dst[(8 * j + 2 * t + 1) * pitch + row + 8 * half] = acc[4 * j + 2 * half + 1];
     }
   }
-}
-
-// part(i) is the value of part i; left to right.
-template <class F>
-__device__ __forceinline__ float4 add_parts(int splits, F part) {
-  const auto add = [](float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); };
-  const float4 p0 = part(0), p1 = part(1);
-  if (splits == 2) return add(p0, p1);
-  const float4 p2 = part(2), p3 = part(3);
-  return add(add(add(p0, p1), p2), p3);
 }
 
 // Adds and writes the parts of a tile: each block of the cluster 1 / splits of its rows, for all tokens.
@@ -358,6 +351,7 @@ void launch_wgmma(WgmmaArgs args, const DeviceInfo& info, cudaStream_t stream) {
 void linear_hopper(const LinearParams& p, const RopeWriteParams* rope, const DeviceInfo& info, cudaStream_t stream) {
   const LinearHopperPlan plan = linear_hopper_plan(p.n, p.k);
   if (linear_narrow(p, rope, plan, info, stream)) return;
+  if (!rope && linear_wide(p, plan, info, stream)) return;
   WgmmaArgs args{};
   args.p = p;
   args.splits = plan.splits;
@@ -402,7 +396,9 @@ bool fuses_swiglu(const LinearParams& p, const DeviceInfo& info) {
 
 // Rotation and page write in the product's own kernel.
 bool fuses_rope(const LinearRopeWriteParams& p, const DeviceInfo& info) {
+  constexpr int kMostRows = 128;  // beyond, linear_wide.cu and another launch are faster
   if (!info.hopper || takes_simple(p.product) || !can_fuse_rope(p.rope, p.product.bias)) return false;
+  if (p.product.rows > kMostRows) return false;
   return !has_qk_norm(p.rope) || fuses_qk_norm(p.product);
 }
 

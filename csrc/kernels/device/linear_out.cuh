@@ -20,6 +20,16 @@ inline uint64_t w_policy(const LinearParams& p) {
   return p.rows <= 128 && out_bytes <= kOutInL2 ? kDropFirst : kDropAsUsual;
 }
 
+// part(i) is the value of part i; left to right.
+template <class F>
+__device__ __forceinline__ float4 add_parts(int splits, F part) {
+  const auto add = [](float4 a, float4 b) { return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w); };
+  const float4 p0 = part(0), p1 = part(1);
+  if (splits == 2) return add(p0, p1);
+  const float4 p2 = part(2), p3 = part(3);
+  return add(add(add(p0, p1), p2), p3);
+}
+
 // One output.
 __device__ __forceinline__ void finish1(const LinearParams& p, int64_t token, int n, float v) {
   if (p.bias) v += to_float(static_cast<const __nv_bfloat16*>(p.bias)[n]);
@@ -30,43 +40,48 @@ __device__ __forceinline__ void finish1(const LinearParams& p, int64_t token, in
     static_cast<__nv_bfloat16*>(p.out)[token * p.out_stride_row + n] = __float2bfloat16_rn(v);
 }
 
-// One output of SwiGLU, from the sums of its gate and its up.
-__device__ __forceinline__ void finish_swiglu(const LinearParams& p, int64_t token, int n, float gate, float up) {
+// One value of SwiGLU, from the sums of its gate and its up.
+__device__ __forceinline__ float swiglu_of(const LinearParams& p, int n, float gate, float up) {
   if (p.bias) {
     const auto* bias = static_cast<const __nv_bfloat16*>(p.bias);
     gate += to_float(bias[n]);
     up += to_float(bias[p.n / 2 + n]);
   }
-  const float v = silu_times(round_to<__nv_bfloat16>(gate), round_to<__nv_bfloat16>(up));
-  static_cast<__nv_bfloat16*>(p.out)[token * p.out_stride_row + n] = __float2bfloat16_rn(v);
+  return silu_times(round_to<__nv_bfloat16>(gate), round_to<__nv_bfloat16>(up));
 }
 
-// Bias, residual, rounding and store of four neighbouring outputs n .. n+3 of one token.
+// One output of SwiGLU.
+__device__ __forceinline__ void finish_swiglu(const LinearParams& p, int64_t token, int n, float gate, float up) {
+  static_cast<__nv_bfloat16*>(p.out)[token * p.out_stride_row + n] = __float2bfloat16_rn(swiglu_of(p, n, gate, up));
+}
+
+// Two or four neighbouring outputs n, n + 1, .. of one token, where can_access_wide: bias, residual, rounding, store.
+template <int kCount>
+__device__ __forceinline__ void finish_run(const LinearParams& p, int64_t token, int n, float (&v)[kCount]) {
+  if (p.bias) add_run(v, static_cast<const __nv_bfloat16*>(p.bias) + n);
+  if (p.residual) add_run(v, static_cast<const __nv_bfloat16*>(p.residual) + token * p.residual_stride_row + n);
+  if (p.out_float32)
+    store_run(static_cast<float*>(p.out) + token * p.out_stride_row + n, v);
+  else
+    store_run(static_cast<__nv_bfloat16*>(p.out) + token * p.out_stride_row + n, v);
+}
+// The same of SwiGLU.
+template <int kCount>
+__device__ __forceinline__ void finish_swiglu_run(const LinearParams& p, int64_t token, int n,
+                                                  const float (&gate)[kCount], const float (&up)[kCount]) {
+  float v[kCount];
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) v[i] = swiglu_of(p, n + i, gate[i], up[i]);
+  store_run(static_cast<__nv_bfloat16*>(p.out) + token * p.out_stride_row + n, v);
+}
+
+// Four outputs, of which some may be past the end. wide: can_access_wide.
 __device__ __forceinline__ void finish4(const LinearParams& p, bool wide, int64_t token, int n, float4 sum) {
   float v[4] = {sum.x, sum.y, sum.z, sum.w};
-  const auto* bias = static_cast<const __nv_bfloat16*>(p.bias);
-  const auto* residual = static_cast<const __nv_bfloat16*>(p.residual) + token * p.residual_stride_row;
-  if (wide && n + 4 <= p.n) {
-    if (p.bias) add_run(v, bias + n);
-    if (p.residual) add_run(v, residual + n);
-    if (p.out_float32) {
-      float* out = static_cast<float*>(p.out) + token * p.out_stride_row + n;
-      *reinterpret_cast<float4*>(out) = make_float4(v[0], v[1], v[2], v[3]);
-    } else {
-      store_run(static_cast<__nv_bfloat16*>(p.out) + token * p.out_stride_row + n, v);
-    }
-    return;
-  }
+  if (wide && n + 4 <= p.n) return finish_run(p, token, n, v);
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    if (n + i >= p.n) return;
-    if (p.bias) v[i] += to_float(bias[n + i]);
-    if (p.residual) v[i] += to_float(residual[n + i]);
-    if (p.out_float32)
-      static_cast<float*>(p.out)[token * p.out_stride_row + n + i] = v[i];
-    else
-      static_cast<__nv_bfloat16*>(p.out)[token * p.out_stride_row + n + i] = __float2bfloat16_rn(v[i]);
-  }
+  for (int i = 0; i < 4; ++i)
+    if (n + i < p.n) finish1(p, token, n + i, v[i]);
 }
 
 // Whether bias, residual and out can be accessed 4 elements at a time.
