@@ -57,7 +57,7 @@ struct WideArgs {
 struct Place {
   int item, chunk;
 
-  __device__ __forceinline__ Place after(int stages, int begin, int end, int item_step) const {
+  [[maybe_unused]] __device__ __forceinline__ Place after(int stages, int begin, int end, int item_step) const {
     Place next{item, chunk + stages};
     for (; next.chunk >= end; next.item += item_step) next.chunk -= end - begin;
     return next;
