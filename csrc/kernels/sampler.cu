@@ -3,13 +3,16 @@
 // launch, nothing returns to the host in between.
 //
 // Grid: one cluster of 8 blocks a row (of 1 block before sm_90); block i reads the i-th eighth of the vocabulary, in
-// quads of 4 entries. Block: 512 threads. Shared memory: a histogram of 256 bins x 32 lanes x 3 words, so that the
-// atomics of one warp never meet, and the slots through which the blocks exchange results.
+// quads of 4 entries (device/sampler_row.cuh). Block: 512 threads, two blocks a multiprocessor. Shared memory: 31 KB
+// for the filters, and the block's part of the row if it fits; otherwise each walk over the part reads global memory.
 //
-// The filters keep a prefix of one total order: value descending, index ascending, packed into a 56-bit integer as
-// (ordered bits of the value) << 24 | (2^24 - 1 - index). So their joint effect is one cut, found by radix selection, 8
-// bits a pass, by count (top-k) or by mass (top-p). Masses exp(value - largest) are integers in units of 2^-36: their
-// sums do not depend on the order of the atomics.
+// Walks over the row: one for the softmax; one to draw; two for top-k and two for top-p (device/sampler_filter.cuh).
+// The filters leave a range of logits, so that no walk but theirs divides by the temperature.
+//
+// The draw computes the noise in double precision for the few entries that can win alone: an upper bound of each score
+// is one logarithm away from the Philox word, a lower bound of a block's best score follows from that of each thread's
+// best entry, and only entries whose upper bound reaches it are looked at. Entries that no noise could lift to the
+// score of the largest logit do not even need a Philox word.
 //
 // Reduction order (R1): the log-softmax's sum is a running one a thread (quads tid, tid + 512, ... of the block's
 // part), then the butterflies of device/reduce.cuh, then the blocks left to right; it depends on the vocabulary alone.
@@ -19,416 +22,219 @@
 
 #include "device/cluster.cuh"
 #include "device/cp_async.cuh"
+#include "device/fast_math.cuh"
 #include "device/launch.cuh"
 #include "device/philox.cuh"
 #include "device/reduce.cuh"
+#include "device/sampler_filter.cuh"
+#include "device/sampler_noise.cuh"
+#include "device/sampler_row.cuh"
+#include "device/shared_memory.cuh"
 #include "launchers.h"
 
 namespace vericache::cuda {
 
 namespace {
 
-constexpr int kThreads = 512, kClusterBlocks = 8, kBins = 256, kIndexBits = 24;
-constexpr uint32_t kIndexMask = (1u << kIndexBits) - 1;
-constexpr float kMassUnit = 0x1p36f;
-constexpr float kSmallestMass = -25.7f;  // e^x is below half a unit
-constexpr int kMaxVocab = 500000;        // lane sums of 18-bit halves of masses stay below 2^32 in a one-block cluster
-
-// What a block tells its cluster in one exchange.
-struct alignas(16) Message {
-  float largest, sum, score;
-  int32_t index;
-  uint64_t mass;
-  uint32_t nan, unused;
-};
-
-static_assert(sizeof(Message) == 32);
+constexpr int kMaxVocab = 500000;  // an index has 24 bits, a sum of masses 64
 
 struct Shared {
-  uint32_t counts[kBins][32], mass_low[kBins][32], mass_high[kBins][32];
-  // Two of each, used in turn: a block writes one again only after a barrier at which all have read it.
-  uint32_t bin_count[2][kBins];
-  uint64_t bin_mass[2][kBins];
-  Message message[2];
-  Message all[kClusterBlocks];  // what the last exchange brought, block after block
-  uint64_t total_count[kBins], total_mass[kBins];
-  uint64_t mass_scratch[32];
-  float score_scratch[32];
-  int32_t index_scratch[32];
-  uint64_t found_bin, found_rest, found_count, found_mass;
+  SampleExchange exchange;
+  FilterShared filter;
+  float sum_scratch[32], log_sum;  // the latter of the thread that writes the results
+  alignas(16) float4 part[];
 };
 
-// Larger value first, then smaller index; an index of -1 loses to all.
-struct Best {
-  float score;
-  int32_t index;
-
-  __device__ __forceinline__ void offer(float s, int32_t i) {
-    if (i >= 0 && (index < 0 || s > score || (s == score && i < index))) {
-      score = s;
-      index = i;
-    }
-  }
-};
-
-// A float's bits, ordered as unsigned integers like the values; -0 counts as +0.
-__device__ __forceinline__ uint32_t ordered_bits(float x) {
-  const uint32_t bits = __float_as_uint(x + 0.0f);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+// sum + e^x. The rounding of the sum takes in the last product of the exponential: written out, so that it does so
+// wherever this is compiled.
+__device__ __forceinline__ float add_exp(float x, float sum) {
+  const float scaled = __fmaf_rd(__saturatef(__fmaf_rn(x, 0x1.77313ap-8f, 0.5f)), 252.0f, 0x1.800002p23f);
+  const float whole = __fadd_rn(scaled, -0x1.8000fep23f);
+  const float rest = __fmaf_rn(x, 0x1.4ae0cp-26f, __fmaf_rn(x, 0x1.715476p0f, -whole));
+  return __fmaf_rn(fast_exp2(rest), __uint_as_float(__float_as_uint(scaled) << 23), sum);
 }
 
-__device__ __forceinline__ uint64_t place(float value, int32_t index) {
-  return uint64_t(ordered_bits(value)) << kIndexBits | (kIndexMask - uint32_t(index));
-}
-
-__device__ __forceinline__ uint64_t mass_of(float value, float largest) {
-  const float x = value - largest;
-  return x < kSmallestMass ? 0 : __float2ull_rn(expf(x) * kMassUnit);
-}
-
-__device__ __forceinline__ float gumbel(uint32_t bits) {
-  const double u = (double(bits >> 8) + 0.5) * 0x1p-24;
-  return float(-log(-log(u)));
-}
-
-// The same to within 1e-5, without double precision: -log u from the smaller of u and 1 - u.
-__device__ __forceinline__ float gumbel_estimate(uint32_t bits) {
-  const uint32_t n = bits >> 8;
-  const float below = (float(n) + 0.5f) * 0x1p-24f, above = (float(0xffffffu - n) + 0.5f) * 0x1p-24f;
-  return -logf(n < 0x800000u ? -logf(below) : -log1pf(-above));
-}
-constexpr float kGumbelBound = 17.3287f;  // that of u = 1 - 2^-25 is 17.32868
-
+template <bool kResident>
 class RowSampler {
  public:
-  __device__ RowSampler(const SampleParams& p, Shared& shared, int blocks)
-      : p_(p), s_(shared), blocks_(blocks), rank_(int(blockIdx.x) % blocks), row_(int(blockIdx.x) / blocks) {
-    const int quads = (p.vocab + 3) / 4;
-    quad_begin_ = int(int64_t(quads) * rank_ / blocks);
-    quad_end_ = int(int64_t(quads) * (rank_ + 1) / blocks);
-    logits_ = p.logits + row_ * p.logits_stride_row;
-    wide_ = reinterpret_cast<uintptr_t>(logits_) % 16 == 0;
-  }
+  __device__ RowSampler(const SampleParams& p, Shared& shared)
+      : p_(p),
+        s_(shared),
+        cluster_(shared.exchange),
+        part_(p.logits + block_row() * p.logits_stride_row, p.vocab, shared.part) {}
 
   __device__ void run() {
-    softmax_pass();
-    if (nan_ || !isfinite(largest_logit_)) return finish(-1, NAN);
-    const float temperature = p_.temperature[row_];
+    fetch_settings();
+    if (!softmax()) return finish(-1, NAN);
+    temperature_ = s_.exchange.settings.temperature;
+    largest_ = largest_logit_ / temperature_;
     int32_t token = argmax_;
-    if (temperature != 0.0f &&
-        isfinite(largest_logit_ / temperature)) {  // else the limit of a temperature that goes to 0
-      temperature_ = temperature;
-      largest_ = largest_logit_ / temperature;
-      filter();
-      token = draw();
+    float above = 0.0f;                                // the token's logit less the largest
+    if (temperature_ != 0.0f && isfinite(largest_)) {  // else the limit of a temperature that goes to 0
+      RowFilter<kResident> filter(part_, s_.filter, p_.vocab, temperature_, largest_);
+      token = draw(filter.run(s_.exchange.settings));
+      const float* logits = p_.logits + block_row() * p_.logits_stride_row;
+      above = logits[token] - logits[argmax_];
     }
-    finish(token, (logits_[token] - largest_logit_) - logf(sum_));
+    finish(token, above - s_.log_sum);
   }
 
  private:
-  // f(value of 4 logits, first index, how many of them exist)
-  template <class F>
-  __device__ __forceinline__ void each_quad(F f) const {
-    for (int q = quad_begin_ + int(threadIdx.x); q < quad_end_; q += kThreads) {
-      const int first = 4 * q, count = min(4, p_.vocab - first);
-      float x[4];
-      if (wide_ && count == 4) {
-        const float4 v = *reinterpret_cast<const float4*>(logits_ + first);
-        x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
-      } else {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) x[i] = i < count ? logits_[first + i] : -INFINITY;
-      }
-      f(x, first, count);
-    }
-  }
-
-  // f(value, index) for logit / temperature of each entry not yet cut off
-  template <class F>
-  __device__ __forceinline__ void each_kept(F f) const {
-    each_quad([&](const float (&x)[4], int first, int count) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float value = x[i] / temperature_;
-        if (i < count && place(value, first + i) >= cut_) f(value, first + i);
-      }
-    });
-  }
-
-  __device__ Best block_best(Best best) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const auto butterfly = [](Best b) {
-#pragma unroll
-      for (int mask = 16; mask > 0; mask /= 2) {
-        const float score = __shfl_xor_sync(0xffffffffu, b.score, mask);
-        const int32_t index = __shfl_xor_sync(0xffffffffu, b.index, mask);
-        b.offer(score, index);
-      }
-      return b;
+  // They arrive behind the logits.
+  __device__ void fetch_settings() {
+    SampleSettings& s = s_.exchange.settings;
+    const int64_t row = block_row();
+    const auto fetch = [&](unsigned thread, void* to, const void* from) {
+      if (threadIdx.x == thread) cp_async4(smem_address(to), from);
     };
-    best = butterfly(best);
-    __syncthreads();
-    if (lane == 0) {
-      s_.score_scratch[warp] = best.score;
-      s_.index_scratch[warp] = best.index;
-    }
-    __syncthreads();
-    best = lane < kThreads / 32 ? Best{s_.score_scratch[lane], s_.index_scratch[lane]} : Best{-INFINITY, -1};
-    return butterfly(best);
+    fetch(0, &s.temperature, p_.temperature + row);
+    fetch(1, &s.top_p, p_.top_p + row);
+    fetch(2, &s.min_p, p_.min_p + row);
+    fetch(3, &s.top_k, p_.top_k + row);
+    fetch(4, &s.position, p_.row_position + row);
+    fetch(5, &s.seed[0], p_.seed + row);
+    fetch(6, &s.seed[1], reinterpret_cast<const uint32_t*>(p_.seed + row) + 1);
+    cp_async_commit();
   }
 
-  // Publishes this block's message and fetches those of all blocks into s_.all. One warp fetches, and each word it
-  // loads is stored before the block goes on: a load still in flight from a block that has left is a fault.
-  __device__ void exchange(const Message& mine) {
-    Message* slot = &s_.message[turn_];
-    turn_ ^= 1;
-    if (threadIdx.x == 0) *slot = mine;
-    cluster_barrier();
-    if (threadIdx.x < 2 * blocks_) {
-      const int block = threadIdx.x / 2, half = threadIdx.x % 2;
-      const uint32_t at = map_to_rank(smem_address(slot) + 16 * half, block);
-      reinterpret_cast<float4*>(&s_.all[block])[half] = load_cluster_float4(at);
-    }
-    __syncthreads();
-  }
-
-  // f(message) for each block, left to right, by every thread.
-  template <class F>
-  __device__ __forceinline__ void each_message(F f) const {
-    for (int r = 0; r < blocks_; ++r) f(s_.all[r]);
-  }
-
-  // Largest logit, its lowest index, the sum of exp(logit - largest), and whether there is a NaN.
-  __device__ void softmax_pass() {
+  // Largest logit, its lowest index, and the log of the sum of exp(logit - largest). False if there is no softmax: the
+  // sums of a row with a NaN or +infinity are NaN.
+  __device__ bool softmax() {
     float largest = -INFINITY, sum = 0.0f;
-    Best best{-INFINITY, -1};
-    bool nan = false;
-    each_quad([&](const float (&x)[4], int first, int count) {
-      float top = largest;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        nan |= x[i] != x[i];
-        if (i < count) best.offer(x[i], first + i);
-        top = fmaxf(top, x[i]);
-      }
-      if (top == -INFINITY) return;
-      float quad = 0.0f;
-#pragma unroll
-      for (int i = 0; i < 4; ++i) quad += expf(x[i] - top);
-      sum = (largest == -INFINITY ? 0.0f : sum * expf(largest - top)) + quad;
+    int32_t argmax = -1;
+    part_.read([&](float4 v, int first) {
+      const float top_of_quad = largest_of(v);
+      if (top_of_quad > largest)
+        argmax = first + (v.x == top_of_quad ? 0 : v.y == top_of_quad ? 1 : v.z == top_of_quad ? 2 : 3);
+      const float top = fmaxf(largest, top_of_quad);
+      const float base = top == -INFINITY ? 0.0f : top;  // then all exponentials are 0, unless there is a NaN
+      const float quad = add_exp(v.w - base, add_exp(v.z - base, add_exp(v.y - base, add_exp(v.x - base, 0.0f))));
+      sum = __fadd_rn(quad, __fmul_rn(sum, expf(largest - base)));
       largest = top;
     });
-    const bool any_nan = __syncthreads_or(nan);
-    best = block_best(best);
-    const float block_largest = best.index < 0 ? -INFINITY : best.score;
-    sum = largest == -INFINITY ? 0.0f : sum * expf(largest - block_largest);
-    __syncthreads();
-    sum = block_sum(sum, s_.score_scratch);
+    cp_async_wait<0>();
+    const Best best = cluster_.block_best({largest, argmax});
+    if (largest != -INFINITY) sum = __fmul_rn(sum, expf(largest - best.score));
+    sum = block_sum(sum, s_.sum_scratch);
 
-    exchange(Message{block_largest, sum, best.score, best.index, 0, any_nan, 0});
-    Best all{-INFINITY, -1};
-    nan_ = false;
-    each_message([&](const Message& m) {
-      all.offer(m.score, m.index);
-      nan_ |= m.nan != 0;
-    });
-    largest_logit_ = all.score;
-    argmax_ = all.index;
-    sum_ = 0.0f;
-    each_message([&](const Message& m) {
-      if (m.largest != -INFINITY) sum_ += m.sum * expf(m.largest - largest_logit_);
-    });
-  }
-
-  __device__ void filter() {
-    const int32_t top_k = p_.top_k[row_];
-    const float top_p = p_.top_p[row_], min_p = p_.min_p[row_];
-    if (top_k > 0 && top_k < p_.vocab) select<false>(uint64_t(top_k));
-    if (top_p < 1.0f) {
-      uint64_t mass = 0;
-      each_kept([&](float value, int32_t) { mass += mass_of(value, largest_); });
-      mass = block_sum(mass, s_.mass_scratch);
-      exchange(Message{0.0f, 0.0f, 0.0f, 0, mass, 0, 0});
-      uint64_t total = 0;
-      each_message([&](const Message& m) { total += m.mass; });
-      const double target = ceil(double(top_p) * double(total));
-      select<true>(target < 1.0 ? 1 : min(uint64_t(target), total));
+    cluster_wait();  // all blocks of the cluster have started
+    cluster_.exchange(make_float4(best.score, sum, __int_as_float(best.index), 0.0f));
+    Best all;
+    float sums = 0.0f;
+    for (int r = 0; r < kRowBlocks; ++r) {
+      const float4 m = cluster_.message(r);
+      all.offer(m.x, __float_as_int(m.z));
+      sums += m.y;
     }
-    min_p_ = min_p;
-  }
-
-  // Moves the cut up to the entry at which the count or mass of those kept so far, from the top, reaches `target`.
-  template <bool kByMass>
-  __device__ void select(uint64_t target) {
-    uint64_t prefix = 0;  // the bits of the new cut that are known
-    for (int shift = 32 + kIndexBits - 8;; shift -= 8) {
-      clear_histogram<kByMass>();
-      const int lane = threadIdx.x % 32;
-      each_kept([&](float value, int32_t index) {
-        const uint64_t at = place(value, index);
-        if (at >> shift >> 8 != prefix) return;
-        const uint32_t bin = uint32_t(at >> shift) & 255;
-        atomicAdd(&s_.counts[bin][lane], 1u);
-        if constexpr (kByMass) {
-          const uint64_t mass = mass_of(value, largest_);
-          if (mass == 0) return;
-          atomicAdd(&s_.mass_low[bin][lane], uint32_t(mass) & 0x3ffffu);
-          atomicAdd(&s_.mass_high[bin][lane], uint32_t(mass >> 18));
-        }
-      });
-      const auto [bin, rest, count, weight] = find_bin<kByMass>(target);
-      prefix = prefix << 8 | bin;
-      target = rest;
-      if (shift == 0 || count == 1 || (!kByMass && weight == rest)) {
-        cut_ = max(cut_, prefix << shift);
-        return;
+    largest_logit_ = all.score, argmax_ = all.index;
+    if (writes()) {
+      sum = 0.0f;
+      for (int r = 0; r < kRowBlocks; ++r) {
+        const float4 m = cluster_.message(r);
+        if (m.x != -INFINITY) sum = __fmaf_rn(m.y, expf(m.x - largest_logit_), sum);
       }
+      s_.log_sum = logf(sum);
     }
+    return isfinite(sums) && isfinite(largest_logit_);
   }
 
-  template <bool kByMass>
-  __device__ void clear_histogram() {
-    __syncthreads();  // the last histogram has been read
-    uint32_t* words = &s_.counts[0][0];
-    constexpr int kWords = kBins * 32 * (kByMass ? 3 : 1);  // the three lie one after the other
-    for (int i = threadIdx.x; i < kWords; i += kThreads) words[i] = 0;
-    __syncthreads();
+  __device__ __forceinline__ PhiloxWords words(int32_t index) const {
+    const SampleSettings& s = s_.exchange.settings;
+    return philox4x32(uint32_t(index) / 4, s.position, s.seed[0], s.seed[1]);
   }
 
-  struct Bin {
-    uint64_t bin, rest, count, weight;
-  };
-
-  // The bin, from the top, in which the sum over the cluster reaches `target`; and what of the target falls in it.
-  template <bool kByMass>
-  __device__ Bin find_bin(uint64_t target) {
-    __syncthreads();  // the histogram is complete
-    const int turn = turn_;
-    turn_ ^= 1;
-    if (threadIdx.x < kBins) {
-      const int bin = threadIdx.x;
-      uint64_t count = 0, mass = 0;
-      for (int i = 0; i < 32; ++i) {
-        const int lane = (i + bin) % 32;  // another bank for each thread of a warp
-        count += s_.counts[bin][lane];
-        if constexpr (kByMass) mass += s_.mass_low[bin][lane] + (uint64_t(s_.mass_high[bin][lane]) << 18);
-      }
-      s_.bin_count[turn][bin] = uint32_t(count);
-      s_.bin_mass[turn][bin] = mass;
-    }
-    cluster_barrier();
-    if (threadIdx.x < kBins) {
-      const int bin = threadIdx.x;
-      uint64_t count = 0, mass = 0;
-      for (int r = 0; r < blocks_; ++r) {
-        count += load_cluster_u32(map_to_rank(smem_address(&s_.bin_count[turn][bin]), r));
-        if constexpr (kByMass) mass += load_cluster_u64(map_to_rank(smem_address(&s_.bin_mass[turn][bin]), r));
-      }
-      s_.total_count[bin] = count;
-      s_.total_mass[bin] = kByMass ? mass : count;
-    }
-    __syncthreads();
-    if (threadIdx.x < 32) {  // lane l owns bins 255 - 8 l .. 248 - 8 l: descending
-      const int lane = threadIdx.x;
-      uint64_t count[8], weight[8], own = 0;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        const int bin = kBins - 1 - 8 * lane - i;
-        count[i] = s_.total_count[bin];
-        weight[i] = s_.total_mass[bin];
-        own += weight[i];
-      }
-      uint64_t before = own;  // inclusive scan, then exclusive
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const uint64_t other = __shfl_up_sync(0xffffffffu, before, step);
-        if (lane >= step) before += other;
-      }
-      before -= own;
-#pragma unroll
-      for (int i = 0; i < 8; ++i) {
-        if (before < target && target <= before + weight[i]) {
-          s_.found_bin = uint64_t(kBins - 1 - 8 * lane - i);
-          s_.found_rest = target - before;
-          s_.found_count = count[i];
-          s_.found_mass = weight[i];
-        }
-        before += weight[i];
-      }
-    }
-    __syncthreads();
-    return {s_.found_bin, s_.found_rest, s_.found_count, s_.found_mass};
+  __device__ __forceinline__ float exact_score(float logit, uint32_t bits) const {
+    return logit / temperature_ + gumbel(bits);
   }
 
-  __device__ bool below_min_p(float value) const {
-    if (min_p_ <= 0.0f || value >= largest_) return false;
-    const float estimate = value - largest_ - logf(min_p_);
-    if (fabsf(estimate) > 1e-3f) return estimate < 0.0f;
-    return double(value) < double(largest_) + log(double(min_p_));
-  }
+  __device__ int32_t draw(const Cut& cut) {
+    // Estimates multiply by the reciprocal, where that neither overflows nor loses bits.
+    const bool ordinary = temperature_ > 1e-30f && temperature_ < 1e30f;
+    const float inverse = ordinary ? 1.0f / temperature_ : 0.0f;
+    const auto upper_bound = [&](float x, uint32_t bits) {
+      return ordinary ? fmaf(x, inverse, gumbel_bound(bits)) : x / temperature_ + gumbel_bound(bits);
+    };
 
-  __device__ int32_t draw() {
-    const uint64_t seed = uint64_t(p_.seed[row_]);
-    const uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32), position = uint32_t(p_.row_position[row_]);
-    Best best{-INFINITY, -1};
-    // A good first score lets the bound below skip most of the vocabulary.
-    if (place(largest_, argmax_) >= cut_)
-      best.offer(largest_ + gumbel(philox4x32(uint32_t(argmax_) / 4, position, key0, key1)[argmax_ % 4]), argmax_);
-    each_quad([&](const float (&x)[4], int first, int count) {
-      float value[4];
-      bool possible = false;
+    // A lower bound of the winner's score, that of the largest logit's; and a logit that no noise lifts above it, as no
+    // lower one: division and addition are monotonic.
+    float least = -INFINITY, floor = cut.floor;
+    if (cut.keeps(largest_logit_, argmax_))
+      least = largest_ + gumbel_estimate(words(argmax_)[argmax_ % 4]) - score_margin(largest_);
+    const float hopeless = (least - kLargestGumbel - score_margin(least)) * temperature_;
+    if (hopeless / temperature_ + kLargestGumbel < least) floor = fmaxf(floor, hopeless);
+
+    float first = -INFINITY, second = -INFINITY;  // this thread's two largest upper bounds
+    int32_t index = -1;
+    uint32_t noise = 0;
+    part_.each([&](float4 v, int at) {
+      if (!(largest_of(v) > floor)) return;
+      const PhiloxWords bits = words(at);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        value[i] = x[i] / temperature_;
-        // Float addition is monotonic: no noise could make it win.
-        const bool wins = best.index < 0 || !(value[i] + kGumbelBound < best.score);
-        const bool kept = i < count && place(value[i], first + i) >= cut_ && wins && !below_min_p(value[i]);
-        if (!kept) value[i] = NAN;
-        possible |= kept;
-      }
-      if (!possible) return;
-      const auto bits = philox4x32(uint32_t(first) / 4, position, key0, key1);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (value[i] != value[i]) continue;
-        const float margin = 1e-3f + fabsf(value[i]) * 1e-6f;
-        if (best.index >= 0 && value[i] + gumbel_estimate(bits[i]) + margin < best.score) continue;
-        best.offer(value[i] + gumbel(bits[i]), first + i);
+        const float x = element(v, i);
+        const float upper = x > floor && cut.keeps(x, at + i) ? upper_bound(x, bits[i]) : -INFINITY;
+        second = fmaxf(second, fminf(first, upper));
+        if (upper > first) first = upper, index = at + i, noise = bits[i];
       }
     });
-    best = block_best(best);
-    Best all{-INFINITY, -1};
-    exchange(Message{0.0f, 0.0f, best.score, best.index, 0, 0, 0});
-    each_message([&](const Message& m) { all.offer(m.score, m.index); });
-    return all.index;
+    Best lower;
+    if (index >= 0) lower = {first - gumbel_bound(noise) + gumbel_estimate(noise) - score_margin(first), index};
+    least = fmaxf(least, cluster_.block_best(lower).score);
+
+    Best best;
+    const auto reaches = [&](float upper) { return upper + score_margin(upper) >= least; };
+    if (index >= 0 && reaches(first)) {
+      best.offer(exact_score(part_[index], noise), index);
+      if (reaches(second)) {
+        part_.each([&](float4 v, int at) {
+          if (!(largest_of(v) > floor)) return;
+          const PhiloxWords bits = words(at);
+#pragma unroll 1
+          for (int i = 0; i < 4; ++i) {
+            const float x = element(v, i);
+            if (x > floor && cut.keeps(x, at + i) && reaches(upper_bound(x, bits[i])))
+              best.offer(exact_score(x, bits[i]), at + i);
+          }
+        });
+      }
+    }
+    best = cluster_.block_best(best);
+    cluster_.exchange(make_float4(best.score, __int_as_float(best.index), 0.0f, 0.0f));
+    Best all;
+    for (int r = 0; r < kRowBlocks; ++r) all.offer(cluster_.message(r).x, __float_as_int(cluster_.message(r).y));
+    return all.index < 0 ? argmax_ : all.index;
   }
+
+  __device__ static bool writes() { return block_rank() == 0 && threadIdx.x == 0; }
 
   __device__ void finish(int32_t token, float logprob) {
-    if (rank_ == 0 && threadIdx.x == 0) {
-      p_.token[row_] = token;
-      p_.logprob[row_] = logprob;
+    if (writes()) {
+      p_.token[block_row()] = token;
+      p_.logprob[block_row()] = logprob;
     }
-    cluster_barrier();  // no block leaves while another reads its shared memory
   }
 
   const SampleParams& p_;
   Shared& s_;
-  const int blocks_, rank_;
-  const int64_t row_;
-  int quad_begin_, quad_end_;
-  const float* logits_;
-  bool wide_, nan_ = false;
-  int turn_ = 0;
-  float largest_logit_ = 0.0f, sum_ = 0.0f, temperature_ = 1.0f, largest_ = 0.0f, min_p_ = 0.0f;
+  RowCluster cluster_;
+  const RowPart<kResident> part_;
+  float largest_logit_ = 0.0f, temperature_ = 1.0f, largest_ = 0.0f;
   int32_t argmax_ = -1;
-  uint64_t cut_ = 0;  // entries placed below it are filtered out
 };
 
-__global__ void __launch_bounds__(kThreads) sample_rows(const __grid_constant__ SampleParams p, int blocks) {
-  extern __shared__ __align__(16) uint8_t smem[];
+template <bool kResident>
+__global__ void __launch_bounds__(kSampleThreads, kResident ? 2 : 1)
+    sample_rows(const __grid_constant__ SampleParams p) {
+  cluster_arrive();
   wait_for_previous_kernel();
   let_next_kernel_start();
-  RowSampler(p, *reinterpret_cast<Shared*>(smem), blocks).run();
+  RowSampler<kResident>(p, *reinterpret_cast<Shared*>(dynamic_smem())).run();
+}
+
+template <bool kResident>
+void start(const SampleParams& p, LaunchShape shape, const DeviceInfo& info, cudaStream_t stream) {
+  allow_all_smem<sample_rows<kResident>>(info);
+  launch(sample_rows<kResident>, shape, info, stream, p);
 }
 
 }  // namespace
@@ -440,16 +246,21 @@ void sample(const SampleParams& p, cudaStream_t stream) {
   VC_CHECK(p.vocab > 0 && p.vocab <= kMaxVocab, "sample: the vocabulary has ", p.vocab, " entries; 1 to ", kMaxVocab,
            " are supported.");
   const DeviceInfo info = device_info();
-  const int blocks = info.hopper_or_later ? kClusterBlocks : 1;
   LaunchShape shape;
-  shape.grid = dim3(unsigned(p.rows) * unsigned(blocks));
-  shape.block = dim3(kThreads);
+  shape.cluster = info.hopper_or_later ? kMostBlocks : 1;
+  shape.grid = dim3(unsigned(p.rows) * unsigned(shape.cluster));
+  shape.block = dim3(kSampleThreads);
   shape.smem = sizeof(Shared);
-  shape.cluster = blocks;
   VC_CHECK(int(shape.smem) <= info.smem_optin, "sample: needs ", shape.smem,
            " bytes of shared memory a block, this GPU has ", info.smem_optin, ".");
-  allow_all_smem<sample_rows>(info);
-  launch(sample_rows, shape, info, stream, p, blocks);
+  const int quads = (p.vocab + 3) / 4, largest_part = (quads + shape.cluster - 1) / shape.cluster;
+  const size_t with_part = shape.smem + sizeof(float4) * size_t(largest_part);
+  if (with_part <= size_t(info.smem_optin)) {
+    shape.smem = with_part;
+    start<true>(p, shape, info, stream);
+  } else {
+    start<false>(p, shape, info, stream);
+  }
 }
 
 }  // namespace vericache::cuda

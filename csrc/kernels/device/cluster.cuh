@@ -85,6 +85,16 @@ __device__ __forceinline__ void store_cluster_float(uint32_t address, float v) {
   asm volatile("st." VC_SHARED_CLUSTER ".f32 [%0], %1;" ::"r"(address), "f"(v) : "memory");
 }
 
+__device__ __forceinline__ void store_cluster_float4(uint32_t address, float4 v) {
+  asm volatile("st." VC_SHARED_CLUSTER ".v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z),
+               "f"(v.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_cluster_u64(uint32_t address, uint64_t v) {
+  asm volatile("st." VC_SHARED_CLUSTER ".u64 [%0], %1;" ::"r"(address), "l"(v) : "memory");
+}
+
 #undef VC_SHARED_CLUSTER
 
 // One thread copies `bytes` (a multiple of 16) of this block's shared memory to `dst` of another block, whose `barrier`

@@ -13,6 +13,13 @@ __device__ __forceinline__ float fast_exp2(float x) {
   return y;
 }
 
+// log2 of a normal x > 0, to within 2^-22 absolutely in [0.5, 2] and relatively outside.
+__device__ __forceinline__ float fast_log2(float x) {
+  float y;
+  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // Two floats to bf16, round to nearest even; the first in the low half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   uint32_t y;
