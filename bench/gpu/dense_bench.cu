@@ -174,7 +174,7 @@ void linear_rope_times(Report& report) {
 
 void sample_times(Report& report) {
   const int vocab = 128256;
-  for (const int rows : {1, 8, 64}) {
+  for (const int rows : {1, 8, 64, 256}) {
     const Buffer logits = random_buffer<float>(size_t(rows) * vocab, 1, 4.0f), token(rows * 8), logprob(rows * 4);
     struct Case {
       const char* name;

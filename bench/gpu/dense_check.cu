@@ -201,11 +201,11 @@ void sample_checks(Report& report, bool quick) {
   int rows_total = 0, wrong = 0, reruns = 0;
   double worst = 0;
   std::string first;
-  for (const int vocab : {1, 5, 61, 1000, 32000, 128256, 151936}) {
+  for (const int vocab : {1, 5, 61, 1000, 32000, 128256, 151936, 500000}) {  // the last is not kept on the chip
     if (quick && vocab != 61 && vocab != 1000) continue;
-    for (int kind = 0; kind < 5; ++kind) {
+    for (int kind = 0; kind < 7; ++kind) {
       if (quick && vocab == 1000 && kind != 2 && kind != 4) continue;  // racecheck takes 25 s for one
-      const int rows = quick ? 2 : vocab > 1000 ? 24 : 64, stride = vocab + int(rng() % 5);
+      const int rows = quick ? 2 : vocab > 200000 ? 4 : vocab > 1000 ? 24 : 64, stride = vocab + int(rng() % 5);
       std::vector<float> logits(size_t(rows) * stride), temperature(rows), top_p(rows), min_p(rows);
       std::vector<int32_t> top_k(rows), position(rows);
       std::vector<int64_t> seed(rows);
@@ -215,6 +215,10 @@ void sample_checks(Report& report, bool quick) {
         for (float& x : logits) x = std::round(x);
       if (kind == 3)
         for (size_t i = 0; i < logits.size(); i += 3) logits[i] = -std::numeric_limits<float>::infinity();
+      if (kind == 5)  // a few likely tokens
+        for (size_t i = 0; i < logits.size(); i += size_t(vocab) / 5 + 1) logits[i] = 16.0f + float(rng() % 64) / 16;
+      if (kind == 6)  // more ties than any list of candidates holds
+        for (size_t i = 0; i < logits.size(); ++i) logits[i] = i % 997 == 0 ? 1.0f : 0.5f;
       for (int r = 0; r < rows; ++r) {
         if (kind == 4 && r % 4 == 0)
           logits[size_t(r) * stride + rng() % vocab] = std::numeric_limits<float>::quiet_NaN();

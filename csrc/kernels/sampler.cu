@@ -65,36 +65,28 @@ class RowSampler {
 
   __device__ void run() {
     fetch_settings();
-    if (!softmax()) return finish(-1, NAN);
+    if (!softmax()) return finish(-1);
     temperature_ = s_.exchange.settings.temperature;
     largest_ = largest_logit_ / temperature_;
-    int32_t token = argmax_;
-    float above = 0.0f;                                // the token's logit less the largest
-    if (temperature_ != 0.0f && isfinite(largest_)) {  // else the limit of a temperature that goes to 0
-      RowFilter<kResident> filter(part_, s_.filter, p_.vocab, temperature_, largest_);
-      token = draw(filter.run(s_.exchange.settings));
-      const float* logits = p_.logits + block_row() * p_.logits_stride_row;
-      above = logits[token] - logits[argmax_];
-    }
-    finish(token, above - s_.log_sum);
+    if (temperature_ == 0.0f || !isfinite(largest_)) return finish(argmax_);  // the limit of a temperature of 0
+    RowFilter<kResident> filter(part_, s_.filter, p_.vocab, temperature_, largest_);
+    finish(draw(filter.run(s_.exchange.settings)));
   }
 
  private:
-  // They arrive behind the logits.
+  // They arrive while the logits are read. The last warp asks for them, which has the least to read.
   __device__ void fetch_settings() {
+    const int lane = int(threadIdx.x) - (kSampleThreads - 32);
+    if (lane < 0) return;
     SampleSettings& s = s_.exchange.settings;
     const int64_t row = block_row();
-    const auto fetch = [&](unsigned thread, void* to, const void* from) {
-      if (threadIdx.x == thread) cp_async4(smem_address(to), from);
-    };
-    fetch(0, &s.temperature, p_.temperature + row);
-    fetch(1, &s.top_p, p_.top_p + row);
-    fetch(2, &s.min_p, p_.min_p + row);
-    fetch(3, &s.top_k, p_.top_k + row);
-    fetch(4, &s.position, p_.row_position + row);
-    fetch(5, &s.seed[0], p_.seed + row);
-    fetch(6, &s.seed[1], reinterpret_cast<const uint32_t*>(p_.seed + row) + 1);
-    cp_async_commit();
+    const void* const from[] = {p_.temperature + row, p_.top_p + row,        p_.min_p + row,
+                                p_.top_k + row,       p_.row_position + row, p_.seed + row};
+    void* const to[] = {&s.temperature, &s.top_p, &s.min_p, &s.top_k, &s.position, &s.seed[0]};
+#pragma unroll
+    for (int i = 0; i < 6; ++i)
+      if (lane == i) cp_async4(smem_address(to[i]), from[i]);
+    if (lane == 6) cp_async4(smem_address(&s.seed[1]), reinterpret_cast<const uint32_t*>(p_.seed + row) + 1);
   }
 
   // Largest logit, its lowest index, and the log of the sum of exp(logit - largest). False if there is no softmax: the
@@ -112,7 +104,8 @@ class RowSampler {
       sum = __fadd_rn(quad, __fmul_rn(sum, expf(largest - base)));
       largest = top;
     });
-    cp_async_wait<0>();
+    cp_async_commit();
+    cp_async_wait<0>();  // the settings
     const Best best = cluster_.block_best({largest, argmax});
     if (largest != -INFINITY) sum = __fmul_rn(sum, expf(largest - best.score));
     sum = block_sum(sum, s_.sum_scratch);
@@ -207,11 +200,13 @@ class RowSampler {
 
   __device__ static bool writes() { return block_rank() == 0 && threadIdx.x == 0; }
 
-  __device__ void finish(int32_t token, float logprob) {
-    if (writes()) {
-      p_.token[block_row()] = token;
-      p_.logprob[block_row()] = logprob;
-    }
+  __device__ void finish(int32_t token) {
+    if (!writes()) return;
+    const float* logits = p_.logits + block_row() * p_.logits_stride_row;
+    float logprob = NAN;
+    if (token >= 0) logprob = (token == argmax_ ? 0.0f : logits[token] - logits[argmax_]) - s_.log_sum;
+    p_.token[block_row()] = token;
+    p_.logprob[block_row()] = logprob;
   }
 
   const SampleParams& p_;

@@ -119,9 +119,8 @@ class RowPart {
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (quad < end_) {
-          const float4 v = ahead[i];
+          f(ahead[i], 4 * quad);
           ahead[i] = load(quad + kAhead * kSampleThreads);
-          f(v, 4 * quad);
         }
         quad += kSampleThreads;
       }
