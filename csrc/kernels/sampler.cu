@@ -141,12 +141,11 @@ class RowSampler {
   }
 
   __device__ int32_t draw(const Cut& cut) {
-    // Estimates multiply by the reciprocal, where that neither overflows nor loses bits.
-    const bool ordinary = temperature_ > 1e-30f && temperature_ < 1e30f;
-    const float inverse = ordinary ? 1.0f / temperature_ : 0.0f;
-    const auto upper_bound = [&](float x, uint32_t bits) {
-      return ordinary ? fmaf(x, inverse, gumbel_bound(bits)) : x / temperature_ + gumbel_bound(bits);
-    };
+    // Bounds multiply by the reciprocal; if that overflows, every entry may win.
+    const float reciprocal = 1.0f / temperature_;
+    const bool usable = reciprocal < INFINITY;
+    const float scale = usable ? reciprocal : 0.0f, offset = usable ? 0.0f : INFINITY;
+    const auto upper_bound = [&](float x, uint32_t bits) { return fmaf(x, scale, gumbel_bound(bits, offset)); };
 
     // A lower bound of the winner's score, that of the largest logit's; and a logit that no noise lifts above it, as no
     // lower one: division and addition are monotonic.
@@ -165,13 +164,15 @@ class RowSampler {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float x = element(v, i);
-        const float upper = x > floor && cut.keeps(x, at + i) ? upper_bound(x, bits[i]) : -INFINITY;
+        const float bound = upper_bound(x, bits[i]);  // in every lane: cheaper than a branch
+        const float upper = (x > floor) & ((x > cut.surely) | (at + i <= cut.last_index)) ? bound : -INFINITY;
         second = fmaxf(second, fminf(first, upper));
         if (upper > first) first = upper, index = at + i, noise = bits[i];
       }
     });
     Best lower;
-    if (index >= 0) lower = {first - gumbel_bound(noise) + gumbel_estimate(noise) - score_margin(first), index};
+    if (index >= 0 && first < INFINITY)
+      lower = {first - gumbel_bound(noise) + gumbel_estimate(noise) - score_margin(first), index};
     least = fmaxf(least, cluster_.block_best(lower).score);
 
     Best best;

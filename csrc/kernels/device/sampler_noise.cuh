@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The sampler's Gumbel noise -log(-log u), u = (n + 1/2) / 2^24 with n the upper 24 bits of a Philox word: exact in
-// double precision, to within 1e-5 without it, and from above in one instruction.
+// double precision, to within 1e-5 without it, and from above by one logarithm.
 #pragma once
 
 #include <cstdint>
@@ -23,10 +23,10 @@ __device__ __forceinline__ float gumbel_estimate(uint32_t bits) {
   return -logf(n < 0x800000u ? -logf(below) : -log1pf(-above));
 }
 
-// At least the noise, less 1e-5, since -log u >= 1 - u; close to it where the noise is large.
-__device__ __forceinline__ float gumbel_bound(uint32_t bits) {
+// At least the noise, less 1e-5, since -log u >= 1 - u; close to it where the noise is large. Plus the offset.
+__device__ __forceinline__ float gumbel_bound(uint32_t bits, float offset = 0.0f) {
   constexpr float kLog2 = 0.69314718f;
-  return fmaf(-kLog2, fast_log2(float(~bits >> 8) + 0.5f), 24 * kLog2);
+  return fmaf(-kLog2, fast_log2(float(~bits >> 8) + 0.5f), 24 * kLog2 + offset);
 }
 
 // More than estimates of a score, value / temperature + noise, are off by: rounding to float32 and the above.
