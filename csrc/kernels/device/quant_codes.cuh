@@ -3,10 +3,11 @@
 //
 // A 32-bit word of codes has two halves of kUnit codes: 16 / kBits, and 4 of the 4-bit plane of 5 to 7 bits, whose
 // other planes give a word more for each. Register j of a word holds code j of the low half and code j of the high
-// half, each a small integer in the mantissa bits of a 16-bit float whose exponent and sign are zero. Read as bf16 (2
-// to 7 bits) or fp16 (8 bits) that is a subnormal number, exactly code * 2^(place(j) - kExponent): the tensor core
-// multiplies it like any other. What it is multiplied by carries the scale and a power of two that brings the products
-// back into range.
+// half, each a small integer in the lowest bits of a 16-bit float whose other bits are zero. Read as bf16 (2 to 7 bits)
+// or fp16 (8 bits) that is exactly code * 2^(place(j) - kExponent): a subnormal number, or one between the smallest
+// normal one and its double, which are as close to each other as subnormal ones. So a bf16 has room for a byte of
+// codes, one bit more than its mantissa. The tensor core multiplies it like any other. What it is multiplied by carries
+// the scale and a power of two that brings the products back into range.
 #pragma once
 
 #include <cstdint>
@@ -23,8 +24,9 @@ struct QuantCodes {
   static constexpr bool kFp16 = kBits == 8;
   static constexpr int kExponent = kFp16 ? 24 : 133;
 
-  // The lowest bit of a code in register j. 2 bits: three codes share a shift, seven mantissa bits hold them.
-  static __host__ __device__ constexpr int place(int j) { return kBits == 2 ? 2 * (j % 3) : 0; }
+  // The lowest bit of a code in register j: the codes of a byte share a shift.
+  static constexpr bool kPlaced = kBits == 2 || kBits == 4;
+  static __host__ __device__ constexpr int place(int j) { return kPlaced ? kBits * (j % (8 / kBits)) : 0; }
 
   static __device__ __forceinline__ uint32_t get(uint32_t word, int j) {
     if constexpr (kBits == 8) return __byte_perm(word, 0, 0x4240u + uint32_t(j) * 0x101u);

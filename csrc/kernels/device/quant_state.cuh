@@ -36,20 +36,18 @@ struct QuantState {
   static constexpr int kQueryShift = Shape::kFp16 ? 0 : 60;  // q is raised by this power of two
   static constexpr int kWeightShift = Shape::kFp16 ? 4 : 64, kSlack = Shape::kFp16 ? 4 : 8;
 
-  uint32_t q[kChunks * kUnit];                          // bf16, channels side by side, times 2^(shift - place)
+  uint32_t q[kChunks * kUnit];                          // bf16, channels side by side, times 2^kQueryShift
   uint32_t q_half[Shape::kFp16 ? kChunks * kUnit : 1];  // the same in fp16
   float o[kSets][kTiles][4];
   float sums[4];  // 0, 1: weights times zeros (V group g % 4; slots below 8 if g < 4, else the others); 2, 3: weights
   float reference[2];  // of columns 2t, 2t + 1; log2 units
 
   __device__ __forceinline__ static float power(int e) { return __uint_as_float(uint32_t(127 + e) << 23); }
-  // bf16 powers of two for channels 2i, 2i + 1 of a lane's piece of a key: 2^(sign * place).
-  static constexpr uint32_t places(int i, int sign) {
-    return bf16_powers(sign * Codes::place(2 * i % kUnit), sign * Codes::place((2 * i + 1) % kUnit));
-  }
-  // Words of bf16 keys or zeros as the other operand of q.
-  static __device__ __forceinline__ uint32_t unplaced(uint32_t word, int i) {
-    return Shape::kBits == 2 ? multiply_bf16x2(word, places(i, 1)) : word;
+  // bf16 pair times 2^(sign * place) of the codes in register j.
+  template <int kSign>
+  static __device__ __forceinline__ uint32_t placed(uint32_t pair, int j) {
+    const int e = kSign * Codes::place(j);
+    return e == 0 ? pair : multiply_bf16x2(pair, bf16_powers(e, e));
   }
 
   // q of the item row, of `items`, that this lane's column g stands for; null if there is none.
@@ -92,8 +90,7 @@ struct QuantState {
           q[c * kUnit + i] = words[i];
           q_half[c * kUnit + i] = half_from_bf16(words[i]);
         } else {
-          q[c * kUnit + i] =
-              multiply_bf16x2(multiply_bf16x2(words[i], bf16_powers(kQueryShift, kQueryShift)), places(i, -1));
+          q[c * kUnit + i] = multiply_bf16x2(words[i], bf16_powers(kQueryShift, kQueryShift));
         }
       }
     }
@@ -236,17 +233,16 @@ struct QuantState {
                    tile + Shape::kZero + (group * Shape::kHeadDim + chunk * kChannels + t * (kChannels / 4)) * 2);
 #pragma unroll
       for (int i = 0; i < kUnit; i += 2) {
-        const uint32_t a0 = unplaced(zero[0][i], i), a2 = unplaced(zero[0][i + 1], i + 1);
-        const uint32_t a1 = kGroups == 2 ? unplaced(zero[1][i], i) : a0;
-        const uint32_t a3 = kGroups == 2 ? unplaced(zero[1][i + 1], i + 1) : a2;
-        mma_m16n8k16(zeros, {a0, a1, a2, a3}, q[chunk * kUnit + i], q[chunk * kUnit + i + 1]);
+        const auto& other = zero[kGroups - 1];
+        mma_m16n8k16(zeros, {zero[0][i], other[i], zero[0][i + 1], other[i + 1]}, q[chunk * kUnit + i],
+                     q[chunk * kUnit + i + 1]);
       }
     }
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk += kPieces) {
 #pragma unroll
       for (int group = 0; group < kGroups; ++group) {
-        uint32_t scaled[kPieces][kUnit];  // q', paired as codes are
+        uint32_t scaled[kPieces][kUnit];  // q' * 2^-place, paired as codes are
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
           uint32_t scale[kUnit];
@@ -258,7 +254,7 @@ struct QuantState {
                                                      q_half[Shape::kFp16 ? (chunk + piece) * kUnit + i : 0])
                                     : multiply_bf16x2(scale[i], q[(chunk + piece) * kUnit + i]);
 #pragma unroll
-          for (int j = 0; j < kUnit; ++j) scaled[piece][j] = pair_halves<kUnit>(scale, j);
+          for (int j = 0; j < kUnit; ++j) scaled[piece][j] = placed<-1>(pair_halves<kUnit>(scale, j), j);
         }
 #pragma unroll
         for (int b = group * kGroupBlocks; b < (group + 1) * kGroupBlocks; ++b) {
@@ -362,10 +358,8 @@ struct QuantState {
         load_words(k[half], keys + (g + half * 8) * kRow + (chunk * kChannels + t * (kChannels / 4)) * 2);
 #pragma unroll
       for (int i = 0; i < kUnit; i += 2)
-        mma_m16n8k16(
-            s[0],
-            {unplaced(k[0][i], i), unplaced(k[1][i], i), unplaced(k[0][i + 1], i + 1), unplaced(k[1][i + 1], i + 1)},
-            q[chunk * kUnit + i], q[chunk * kUnit + i + 1]);
+        mma_m16n8k16(s[0], {k[0][i], k[1][i], k[0][i + 1], k[1][i + 1]}, q[chunk * kUnit + i],
+                     q[chunk * kUnit + i + 1]);
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e)
@@ -391,7 +385,7 @@ struct QuantState {
       }
       const auto element = [&](int half, int j) {
         const uint32_t pair = pair_elements(v[half * 2][j / 2], v[half * 2 + 1][j / 2], j % 2);
-        return Shape::kBits == 2 ? multiply_bf16x2(pair, bf16_powers(Codes::place(j), Codes::place(j))) : pair;
+        return placed<1>(pair, j);
       };
 #pragma unroll
       for (int j = 0; j < kUnit; j += 2)
