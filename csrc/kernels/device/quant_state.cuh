@@ -218,26 +218,50 @@ struct QuantState {
     }
   }
 
+  // Four of a lane's words of a key (or of a group's zeros), those that go with q[n] .. q[n + 3]; `from`: its first.
+  static __device__ __forceinline__ void load_four(uint32_t (&to)[4], const unsigned char* from, int n) {
+    constexpr int kWide = std::min(kUnit, 4);
+#pragma unroll
+    for (int i = 0; i < 4; i += kWide) {
+      uint32_t words[kWide];
+      load_words(words, from + ((n + i) / kUnit * kChannels + (n + i) % kUnit * 2) * 2);
+#pragma unroll
+      for (int k = 0; k < kWide; ++k) to[i + k] = words[k];
+    }
+  }
+
+  // Of each group of a tile's tokens, columns 2t and 2t + 1: q times zeros. Rows of the operand are groups: those of
+  // lanes below 16 the first, of the others the last. Four words of zeros side by side, as they are loaded, are an
+  // operand whose rows below 8 have words 0 and 2 and whose others 1 and 3; either half counts beside what of q belongs
+  // to it.
+  static constexpr int kGroups = Shape::kKeyGroups;
+  __device__ __forceinline__ void sum_zeros(float (&sums_of)[kGroups][2], const unsigned char* tile, int lane) {
+    const auto* from =
+        tile + Shape::kZero + (lane / 16 * (kGroups - 1) * Shape::kHeadDim + lane % 4 * (kChannels / 4)) * 2;
+    float even[4] = {}, odd[4] = {};
+#pragma unroll
+    for (int n = 0; n < kChunks * kUnit; n += 4) {
+      uint32_t zero[4];
+      load_four(zero, from, n);
+      mma_m16n8k16(even, zero, q[n], q[n + 2]);
+      mma_m16n8k16(odd, zero, q[n + 1], q[n + 3]);
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      const float sum = even[r] + odd[r + 2];
+#pragma unroll
+      for (int group = 0; group < kGroups; ++group)
+        sums_of[group][r] = kGroups == 1 ? sum : __shfl_sync(0xffffffffu, sum, group * 16 + lane % 4);
+    }
+  }
+
   // A tile's keys to weights. `tile`, `address`: the place of its keys, below of its values, in shared memory.
   __device__ __forceinline__ void keys(const unsigned char* tile, uint32_t address, float c, int lane,
                                        uint32_t (&weights)[4][2]) {
-    constexpr int kGroups = Shape::kKeyGroups, kGroupBlocks = 4 / kGroups;
+    constexpr int kGroupBlocks = 4 / kGroups;
     const int t = lane % 4;
-    float s[4][4] = {}, zeros[4] = {};
-#pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      uint32_t zero[2][kUnit];
-#pragma unroll
-      for (int group = 0; group < kGroups; ++group)
-        load_words(zero[group],
-                   tile + Shape::kZero + (group * Shape::kHeadDim + chunk * kChannels + t * (kChannels / 4)) * 2);
-#pragma unroll
-      for (int i = 0; i < kUnit; i += 2) {
-        const auto& other = zero[kGroups - 1];
-        mma_m16n8k16(zeros, {zero[0][i], other[i], zero[0][i + 1], other[i + 1]}, q[chunk * kUnit + i],
-                     q[chunk * kUnit + i + 1]);
-      }
-    }
+    float s[4][4] = {}, zero_sums[kGroups][2];
+    sum_zeros(zero_sums, tile, lane);
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk += kPieces) {
 #pragma unroll
@@ -279,7 +303,7 @@ struct QuantState {
 #pragma unroll
     for (int b = 0; b < 4; ++b)
 #pragma unroll
-      for (int r = 0; r < 2; ++r) bias[b][r] = zeros[b / kGroupBlocks * 2 + r] * (c * power(-kQueryShift));
+      for (int r = 0; r < 2; ++r) bias[b][r] = zero_sums[b / kGroupBlocks][r] * (c * power(-kQueryShift));
     weigh<Shape::kFp16>(s, c * power(Codes::kExponent - kQueryShift), bias, weights);
   }
 
@@ -351,15 +375,14 @@ struct QuantState {
     const int g = lane / 4, t = lane % 4;
     float s[1][4] = {};
 #pragma unroll
-    for (int chunk = 0; chunk < kChunks; ++chunk) {
-      uint32_t k[2][kUnit] = {};
+    for (int n = 0; n < kChunks * kUnit; n += 4) {
+      uint32_t k[2][4] = {};
 #pragma unroll
       for (int half = 0; half < kTokens / 8; ++half)
-        load_words(k[half], keys + (g + half * 8) * kRow + (chunk * kChannels + t * (kChannels / 4)) * 2);
+        load_four(k[half], keys + (g + half * 8) * kRow + t * (kChannels / 4) * 2, n);
 #pragma unroll
-      for (int i = 0; i < kUnit; i += 2)
-        mma_m16n8k16(s[0], {k[0][i], k[1][i], k[0][i + 1], k[1][i + 1]}, q[chunk * kUnit + i],
-                     q[chunk * kUnit + i + 1]);
+      for (int i = 0; i < 2; ++i)  // q's words in the pairs of sum_zeros: a pair lies in registers side by side
+        mma_m16n8k16(s[0], {k[0][i], k[1][i], k[0][i + 2], k[1][i + 2]}, q[n + i], q[n + i + 2]);
     }
 #pragma unroll
     for (int e = 0; e < 4; ++e)
