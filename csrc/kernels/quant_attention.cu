@@ -52,7 +52,11 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
 
   const int begin = line.begin(int(blockIdx.x)), end = line.begin(int(blockIdx.x) + 1);
   unsigned char* deposits = smem + Shape::line_bytes(p.requests);
-  QuantRing<Shape> ring{{deposits + warps * Shape::kStateBytes + warp * Shape::kRingBytes}, p, args.blob, lane};
+  QuantRing<Shape> ring{{deposits + warps * Shape::kStateBytes + warp * Shape::kRingBytes},
+                        p,
+                        args.blob,
+                        lane,
+                        2 * ((end - begin - warp + warps - 1) / warps)};
   const auto locate = [&](int turn) {
     const int tile = begin + warp + (turn + lane) * warps;
     if (tile >= end) return;
@@ -60,9 +64,8 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
     at.seek(line, p, tile);
     ring.set(page_of<Shape>(p, args.blob, at.request, at.tile, at.quant_tiles), at.kv_head, at.tile, at.quant_tiles);
   };
-  const auto copy_next = [&] { ring.copy_next(begin + warp + ring.next_turn() * warps < end, locate); };
   locate(0);
-  ring.fill(Shape::kHalves, [&] { return p.cache_settled && !ring.next_is_tail(); }, copy_next);
+  ring.fill(Shape::kHalves, [&] { return p.cache_settled && !ring.next_is_tail(); }, [&] { ring.copy_next(locate); });
   LineCursor at;
   if (begin < end) at.seek(line, p, begin);
   wait_for_previous_kernel();
@@ -85,12 +88,12 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       do {
         const int number = flat - unit_begin;
         if (number < at.quant_tiles) {
-          ring.take(state, c, copy_next);
+          ring.take(state, c, locate);
         } else {
           const int skipped = (number - at.quant_tiles) * Shape::kTailTokens + at.quant_tiles * kQuantTokens;
           int seen[2];
           state.count_seen(seen, p, unit.query0, unit.first_item, items, skipped, lane);
-          ring.take_tail(state, c, line.last_pos[at.request] + 1 - skipped, seen, copy_next);
+          ring.take_tail(state, c, line.last_pos[at.request] + 1 - skipped, seen, locate);
         }
         flat += warps;
       } while (flat < to);

@@ -11,17 +11,26 @@
 
 namespace vericache::cuda {
 
+// What the next half to be copied is, if the program says so. Then the ring has been filled.
+enum class HalfPart { kEither, kKeys, kValues };
+
 template <int kHalves, int kSlotBytes>
 struct HalfRing {
   static constexpr int kTurns = 32;
 
   unsigned char* memory;
-  const char* from = nullptr;   // keys of this lane's tile
-  int next = 0, next_slot = 0;  // half to be copied next: of turn next / 2; its slot
-  int slot = 0;                 // to be read next
+  const char* from = nullptr;  // keys of this lane's tile
+  int next = 0;                // half to be copied next: of turn next / 2
+  int slot = 0;                // to be read next
+  // After a half of keys, or of values, has been read. A half that has been read makes room for the one kHalves later.
+  static constexpr HalfPart kAfterKeys = kHalves % 2 == 0 ? HalfPart::kKeys : HalfPart::kValues;
+  static constexpr HalfPart kAfterValues = kHalves % 2 == 0 ? HalfPart::kValues : HalfPart::kKeys;
 
   __device__ __forceinline__ int next_turn() const { return next / 2; }
-  __device__ __forceinline__ bool next_is_value() const { return next % 2 != 0; }
+  template <HalfPart kPart = HalfPart::kEither>
+  __device__ __forceinline__ bool next_is_value() const {
+    return kPart == HalfPart::kEither ? next % 2 != 0 : kPart == HalfPart::kValues;
+  }
   // What the lane that knows the next half's turn has as `x`.
   template <class T>
   __device__ __forceinline__ T of_next(T x) const {
@@ -29,16 +38,16 @@ struct HalfRing {
   }
 
   // Copies the next half, if its turn is `there`: copy(keys of its tile, where to). A group in any case.
-  template <class Locate, class Copy>
+  template <HalfPart kPart = HalfPart::kEither, class Locate, class Copy>
   __device__ __forceinline__ void copy_next(bool there, const Locate& locate, const Copy& copy) {
     if (there) {
-      if (next % (2 * kTurns) == 0 && next > 0) locate(next_turn());
+      if (kPart != HalfPart::kValues && next % (2 * kTurns) == 0 && next > 0) locate(next_turn());
+      const int to = kPart == HalfPart::kEither && next < kHalves ? next : slot;
       copy(reinterpret_cast<const char*>(of_next(reinterpret_cast<uint64_t>(from))),
-           smem_address(memory) + uint32_t(next_slot * kSlotBytes));
+           smem_address(memory) + uint32_t(to * kSlotBytes));
     }
     cp_async_commit();
     ++next;
-    next_slot = next_slot + 1 == kHalves ? 0 : next_slot + 1;
   }
   // The first `count` halves. Until the wait for the kernel before, which the first half that is not `settled` brings,
   // one is on its way at a time: what that kernel asks of the memory queues behind what has been asked already.
@@ -59,14 +68,15 @@ struct HalfRing {
     __syncwarp();  // every lane's copies have landed
     return here();
   }
-  // It has been read.
+  // It has been read; its place takes the next half.
   template <class CopyNext>
   __device__ __forceinline__ void release(const CopyNext& copy_next) {
     __syncwarp();
     copy_next();
     step();
   }
-  __device__ __forceinline__ void step() { slot = slot + 1 == kHalves ? 0 : slot + 1; }
+  __device__ __forceinline__ int after(int i) const { return i + 1 == kHalves ? 0 : i + 1; }
+  __device__ __forceinline__ void step() { slot = after(slot); }
 };
 
 }  // namespace vericache::cuda

@@ -68,15 +68,16 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
   const int most = end - begin <= Shape::kShortRun ? Shape::kEarlyHalves : kHalves;
   const int early = warp < Shape::kEarlyWarps || !p.cache_settled ? most : 0;
 
-  QuantRing<typename Shape::Tile> ring{{smem + warp * Shape::kRingBytes}, p, args.blob, lane};
+  const int turns = (end - begin - warp + kWarps - 1) / kWarps;
+  QuantRing<typename Shape::Tile> ring{{smem + warp * Shape::kRingBytes}, p, args.blob, lane, 2 * turns};
   const auto locate = [&](int turn) {
     const int tile = begin + warp + (turn + lane) * kWarps;
     if (tile < end) ring.set(page_of<Shape>(p, args.blob, 0, tile, quant_tiles), kv_head, tile, quant_tiles);
   };
-  const auto copy_next = [&] { ring.copy_next(begin + warp + ring.next_turn() * kWarps < end, locate); };
   locate(0);
   ring.fill(
-      early, [&] { return p.cache_settled && begin + warp + ring.next_turn() * kWarps < quant_tiles; }, copy_next);
+      early, [&] { return p.cache_settled && begin + warp + ring.next_turn() * kWarps < quant_tiles; },
+      [&] { ring.copy_next(locate); });
   using State = QuantState<typename Shape::Tile>;
   const uint16_t* q_row = State::q_row(p, request.query0, first_item, items, kv_head, lane);
   wait_for_previous_kernel();
@@ -85,17 +86,17 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
     const float c = p.scale * kLog2e;
     const typename State::Query query(q_row, lane);
 #pragma unroll 1
-    while (ring.next < kHalves) copy_next();  // behind q on its way, not behind its arrival
+    while (ring.next < kHalves) ring.copy_next(locate);  // behind q on its way, not behind its arrival
     State state;
     state.start(query);
     for (int tile = begin + warp; tile < end; tile += kWarps) {
       if (tile < quant_tiles) {
-        ring.take(state, c, copy_next);
+        ring.take(state, c, locate);
       } else {
         const int skipped = (tile - quant_tiles) * Shape::kTailTokens + quant_tiles * kQuantTokens;
         int seen[2];
         state.count_seen(seen, p, request.query0, first_item, items, skipped, lane);
-        ring.take_tail(state, c, last + 1 - skipped, seen, copy_next);
+        ring.take_tail(state, c, last + 1 - skipped, seen, locate);
       }
     }
     auto* o = reinterpret_cast<float*>(smem + warp * Shape::kRingBytes);

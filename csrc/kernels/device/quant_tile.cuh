@@ -84,13 +84,15 @@ __device__ __forceinline__ const char* page_of(const QuantAttentionParams& p, co
   return reinterpret_cast<const char*>(at);
 }
 
-// One warp copies kBytes; kSwizzled: to their places (see above). `from`: this lane's 16 bytes of the first 512.
+// One warp copies kBytes; kSwizzled: to their places (see above). `from`: this lane's 16 bytes of the first 512. `to`:
+// a multiple of 128, so that what place_of changes from 512 bytes to the next is the same for all lanes.
 template <class Shape, int kBytes, bool kSwizzled>
 __device__ __forceinline__ void copy_piece(uint32_t to, const char* from, int lane) {
+  to += kSwizzled ? Shape::place_of(lane * 16) : lane * 16;
 #pragma unroll
   for (int i = 0; i < (kBytes + 511) / 512; ++i) {
-    const int at = (i * 32 + lane) * 16;
-    if (kBytes % 512 == 0 || at < kBytes) cp_async16_once(to + (kSwizzled ? Shape::place_of(at) : at), from + i * 512);
+    const int moved = kSwizzled ? Shape::place_of(i * 512) ^ (i * 512) : 0;
+    if (kBytes % 512 == 0 || i * 512 + lane * 16 < kBytes) cp_async16_once((to ^ moved) + i * 512, from + i * 512);
   }
 }
 
@@ -109,16 +111,19 @@ __device__ __forceinline__ void copy_codes(uint32_t to, const char* from, int fi
   }
 }
 
-// Starts copying half a tile to `to`, from tokens first .. of the half blob `from`.
-template <class Shape>
-__device__ __forceinline__ void copy_half(const QuantBlob& blob, const char* from, int first, int page_size,
-                                          uint32_t to, int lane) {
+// Starts copying half a tile to `to`, from tokens first_of() .. of the head's blob `from`.
+template <class Shape, class First>
+__device__ __forceinline__ void copy_half(const QuantBlob& blob, const char* from, bool is_value, const First& first_of,
+                                          int page_size, uint32_t to, int lane) {
   from += lane * 16;
   if (blob.tiles_log2 == 0) {  // pages of one tile: a blob is laid out like the tile, addresses differ by constants
+    from += is_value ? Shape::kQuantHalf : 0;
     copy_piece<Shape, Shape::kCodes, true>(to, from, lane);
     copy_piece<Shape, 2 * Shape::kParam, false>(to + Shape::kScale, from + Shape::kScale, lane);
     return;
   }
+  const int first = first_of();
+  from += is_value ? blob.half() : 0;
   copy_codes<Shape>(to, from, first, page_size, lane);
   const char* scale = from + blob.codes + first * (Shape::kRowGroups * 2);
   copy_piece<Shape, Shape::kParam, false>(to + Shape::kScale, scale, lane);
