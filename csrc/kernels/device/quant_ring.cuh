@@ -25,9 +25,11 @@ struct QuantRing : HalfRing<Shape::kHalves, Shape::kSlotBytes> {
     first = (tile & ((1 << blob.tiles_log2) - 1)) * kQuantTokens;
   }
   static __device__ __forceinline__ bool is_tail(const char* from) {
-    return (reinterpret_cast<uint64_t>(from) & 1) != 0;
+    return (uint32_t(reinterpret_cast<uint64_t>(from)) & 1) != 0;
   }
-  __device__ __forceinline__ bool next_is_tail() const { return of_next(reinterpret_cast<uint64_t>(from) & 1) != 0; }
+  __device__ __forceinline__ bool next_is_tail() const {
+    return of_next(uint32_t(reinterpret_cast<uint64_t>(from)) & 1) != 0;
+  }
 
   template <HalfPart kPart = HalfPart::kEither, class Locate>
   __device__ __forceinline__ void copy_next(const Locate& locate) {

@@ -166,8 +166,9 @@ struct QuantState {
   template <bool kTrans>
   static __device__ __forceinline__ void load_codes(uint32_t (&words)[kPieces][2], uint32_t codes, int block, int c,
                                                     int lane) {
-    const int token = block * 16 + lane % 8 * 2 + lane / 8 % 2;
-    const uint32_t at = codes + Shape::place_of(token * Shape::kCodeRow + (c + lane / 16 % kPieces) * 16);
+    const int token = lane % 8 * 2 + lane / 8 % 2;  // of the block
+    const uint32_t first = codes + Shape::place_of(token * Shape::kCodeRow + lane / 16 % kPieces * 16);
+    const uint32_t at = Shape::place_after(first, block * 16 * Shape::kCodeRow + c * 16);
     if constexpr (kPieces == 2) {
       uint32_t r[4];
       kTrans ? ldmatrix_x4_trans(r, at) : ldmatrix_x4(r, at);

@@ -53,6 +53,12 @@ struct QuantShape {
   // Where byte `at` of a tile's codes lies.
   static constexpr int kSwizzleShift = kCodeRow >= 128 ? 8 : 7;
   static __host__ __device__ constexpr int place_of(int at) { return at ^ (at >> kSwizzleShift & 7) << 4; }
+  // The address of byte x + step of a tile, `at` that of byte x: tiles lie at multiples of 128 bytes, and bits of x and
+  // of step do not meet.
+  static __device__ __forceinline__ uint32_t place_after(uint32_t at, int step) {
+    const uint32_t place = uint32_t(place_of(step));
+    return (at ^ (place & 127)) + (place & ~127u);
+  }
   // Planes begin at multiples of 1024 bytes, which place_of does not mix.
   static constexpr int plane_begin(int w) { return int(CodePlanes<kBits>::begin(kQuantTokens, kHeadDim, w)); }
   static_assert(!kPlanar || (plane_begin(2) % 1024 == 0 && plane_begin(1) % 1024 == 0));
@@ -84,15 +90,14 @@ __device__ __forceinline__ const char* page_of(const QuantAttentionParams& p, co
   return reinterpret_cast<const char*>(at);
 }
 
-// One warp copies kBytes; kSwizzled: to their places (see above). `from`: this lane's 16 bytes of the first 512. `to`:
-// a multiple of 128, so that what place_of changes from 512 bytes to the next is the same for all lanes.
+// One warp copies kBytes; kSwizzled: to their places (see above). `from`: this lane's 16 bytes of the first 512.
 template <class Shape, int kBytes, bool kSwizzled>
 __device__ __forceinline__ void copy_piece(uint32_t to, const char* from, int lane) {
   to += kSwizzled ? Shape::place_of(lane * 16) : lane * 16;
 #pragma unroll
   for (int i = 0; i < (kBytes + 511) / 512; ++i) {
-    const int moved = kSwizzled ? Shape::place_of(i * 512) ^ (i * 512) : 0;
-    if (kBytes % 512 == 0 || i * 512 + lane * 16 < kBytes) cp_async16_once((to ^ moved) + i * 512, from + i * 512);
+    if (kBytes % 512 == 0 || i * 512 + lane * 16 < kBytes)
+      cp_async16_once(kSwizzled ? Shape::place_after(to, i * 512) : to + i * 512, from + i * 512);
   }
 }
 
