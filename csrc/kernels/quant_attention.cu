@@ -121,8 +121,9 @@ bool takes_tensor_cores(const QuantAttentionParams& p) {
 }
 
 // One row a request (or fewer) of at most four heads a group: see quant_state.cuh.
+constexpr bool has_pairs(int bits, int group) { return (bits == 2 || bits == 4) && group == 32; }
 bool pairs_groups(const QuantAttentionParams& p) {
-  return p.bits == 2 && p.group == 32 && p.q_heads / p.kv_heads <= 4 && p.rows <= p.requests;
+  return has_pairs(p.bits, p.group) && p.q_heads / p.kv_heads <= 4 && p.rows <= p.requests;
 }
 
 // What was fastest: warps, and halves of a warp's ring.
@@ -168,10 +169,10 @@ constexpr SingleRing single_ring(int bits) {
   if (bits == 4) return {11, 3, 8, 3};
   return {12, 3, 8, 2};
 }
-template <int kHeadDim, int kBits, int kGroup>
-using SingleShape = QuantSingleShape<QuantShape<kHeadDim, kBits, kGroup, kBits == 2 && kGroup == 32,
-                                                single_ring(kBits).warps, single_ring(kBits).halves>,
-                                     single_ring(kBits).early_warps, single_ring(kBits).early_halves>;
+template <int kHeadDim, int kBits, int kGroup, bool kPaired>
+using SingleShape =
+    QuantSingleShape<QuantShape<kHeadDim, kBits, kGroup, kPaired, single_ring(kBits).warps, single_ring(kBits).halves>,
+                     single_ring(kBits).early_warps, single_ring(kBits).early_halves>;
 
 constexpr bool has_single(int head_dim, int bits) { return head_dim == 128 && (bits == 2 || bits == 4 || bits == 8); }
 
@@ -184,7 +185,7 @@ template <class Shape>
 bool takes_single(const QuantAttentionParams& p) {
   const DeviceInfo info = device_info();
   return info.hopper && p.requests == 1 && p.rows <= kSingleRows &&
-         4 * single_units(p, Shape::kItemRows) <= info.multiprocessors && (!Shape::kPaired || pairs_groups(p));
+         4 * single_units(p, Shape::kItemRows) <= info.multiprocessors;
 }
 
 template <class Shape>
@@ -202,16 +203,22 @@ void launch_single(const QuantAttentionParams& p, cudaStream_t stream) {
   launch(merge, {dim3(p.rows * p.q_heads), dim3(32 * kMergeWarps), 0}, info, stream, args);
 }
 
-template <int kHeadDim, int kBits, int kGroup>
-void launch_group(const QuantAttentionParams& p, cudaStream_t stream) {
-  if constexpr (has_single(kHeadDim, kBits)) {
-    using Shape = SingleShape<kHeadDim, kBits, kGroup>;
+template <int kHeadDim, int kBits, int kGroup, bool kPaired>
+void launch_shape(const QuantAttentionParams& p, cudaStream_t stream) {
+  constexpr bool kTwoSets = kBits == 2 && kGroup == 32 && !kPaired;  // too many registers for a kernel beside the merge
+  if constexpr (has_single(kHeadDim, kBits) && !kTwoSets) {
+    using Shape = SingleShape<kHeadDim, kBits, kGroup, kPaired>;
     if (takes_single<Shape>(p)) return launch_single<Shape>(p, stream);
   }
-  if constexpr (kBits == 2 && kGroup == 32) {
-    if (pairs_groups(p)) return launch_quant<ShapeFor<kHeadDim, kBits, kGroup, true>>(p, stream);
+  launch_quant<ShapeFor<kHeadDim, kBits, kGroup, kPaired>>(p, stream);
+}
+
+template <int kHeadDim, int kBits, int kGroup>
+void launch_group(const QuantAttentionParams& p, cudaStream_t stream) {
+  if constexpr (has_pairs(kBits, kGroup)) {
+    if (pairs_groups(p)) return launch_shape<kHeadDim, kBits, kGroup, true>(p, stream);
   }
-  launch_quant<ShapeFor<kHeadDim, kBits, kGroup, false>>(p, stream);
+  launch_shape<kHeadDim, kBits, kGroup, false>(p, stream);
 }
 
 template <int kHeadDim, int kBits>

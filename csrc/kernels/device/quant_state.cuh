@@ -138,7 +138,8 @@ struct QuantState {
         for (int b = 0; b < kBlocks; ++b)
           x = fmaxf(x, fmaxf(fmaf(s[b][r], factor, bias[b][r]), fmaf(s[b][r + 2], factor, bias[b][r])));
 #pragma unroll
-        for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
+        for (int step = Shape::kPaired ? 2 : 4; step < 32; step *= 2)
+          x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
         x = fmaxf(x, reference[r]);
         next[r] = x == negative_infinity() ? 0.f : x;
         rescale[r] = fast_exp2(reference[r] - next[r]);
@@ -163,6 +164,8 @@ struct QuantState {
   // The codes of a block of 16 tokens, 16-byte pieces c and c + 1 (only c if a token has but one): [piece][slots below
   // 8, from 8 on]. `codes`: shared address. kTrans: values.
   static constexpr int kPieces = kChunks > 1 ? 2 : 1;
+  static constexpr bool kPairsPieces = Shape::kPaired && kChannels == Shape::kGroup;
+  static_assert(!kPairsPieces || kPieces == 2);
   template <bool kTrans>
   static __device__ __forceinline__ void load_codes(uint32_t (&words)[kPieces][2], uint32_t codes, int block, int c,
                                                     int lane) {
@@ -236,7 +239,8 @@ struct QuantState {
   // operand whose rows below 8 have words 0 and 2 and whose others 1 and 3; either half counts beside what of q belongs
   // to it.
   static constexpr int kGroups = Shape::kKeyGroups;
-  __device__ __forceinline__ void sum_zeros(float (&sums_of)[kGroups][2], const unsigned char* tile, int lane) {
+  template <int kSums>
+  __device__ __forceinline__ void sum_zeros(float (&sums_of)[kSums][2], const unsigned char* tile, int lane) {
     const auto* from =
         tile + Shape::kZero + (lane / 16 * (kGroups - 1) * Shape::kHeadDim + lane % 4 * (kChannels / 4)) * 2;
     float even[4] = {}, odd[4] = {};
@@ -251,22 +255,27 @@ struct QuantState {
     for (int r = 0; r < 2; ++r) {
       const float sum = even[r] + odd[r + 2];
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group)
-        sums_of[group][r] = kGroups == 1 ? sum : __shfl_sync(0xffffffffu, sum, group * 16 + lane % 4);
+      for (int i = 0; i < kSums; ++i) {
+        const int group = Shape::kPaired ? lane % 4 / 2 : i;
+        sums_of[i][r] = kGroups == 1 ? sum : __shfl_sync(0xffffffffu, sum, group * 16 + lane % 4);
+      }
     }
   }
 
   // A tile's keys to weights. `tile`, `address`: the place of its keys, below of its values, in shared memory.
   __device__ __forceinline__ void keys(const unsigned char* tile, uint32_t address, float c, int lane,
                                        uint32_t (&weights)[4][2]) {
-    constexpr int kGroupBlocks = 4 / kGroups;
     const int t = lane % 4;
-    float s[4][4] = {}, zero_sums[kGroups][2];
+    constexpr int kOperands = Shape::kPaired ? 1 : kGroups;  // q' of both groups in one, or one each
+    constexpr int kBlocks = 4 / kOperands;
+    float s[4][4] = {};
+    float zero_sums[kOperands][2];
     sum_zeros(zero_sums, tile, lane);
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; chunk += kPieces) {
 #pragma unroll
-      for (int group = 0; group < kGroups; ++group) {
+      for (int operand = 0; operand < kOperands; ++operand) {
+        const int group = Shape::kPaired ? lane / 16 : operand;
         uint32_t scaled[kPieces][kUnit];  // q' * 2^-place, paired as codes are
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
@@ -282,7 +291,7 @@ struct QuantState {
           for (int j = 0; j < kUnit; ++j) scaled[piece][j] = placed<-1>(pair_halves<kUnit>(scale, j), j);
         }
 #pragma unroll
-        for (int b = group * kGroupBlocks; b < (group + 1) * kGroupBlocks; ++b) {
+        for (int b = operand * kBlocks; b < (operand + 1) * kBlocks; ++b) {
           uint32_t words[kPieces][2];
           FineCodes fine;
           load_codes<false>(words, address, b, chunk, lane);
@@ -300,12 +309,31 @@ struct QuantState {
         }
       }
     }
-    float bias[4][2];
+    const float factor = c * power(Codes::kExponent - kQueryShift), zero_factor = c * power(-kQueryShift);
+    if constexpr (Shape::kPaired) {
+      float own[2][4], bias[2][2];
+      uint32_t packed[2][2];
 #pragma unroll
-    for (int b = 0; b < 4; ++b)
+      for (int b = 0; b < 2; ++b) {
 #pragma unroll
-      for (int r = 0; r < 2; ++r) bias[b][r] = zero_sums[b / kGroupBlocks][r] * (c * power(-kQueryShift));
-    weigh<Shape::kFp16>(s, c * power(Codes::kExponent - kQueryShift), bias, weights);
+        for (int e = 0; e < 4; ++e) own[b][e] = t < 2 ? s[b][e] : s[b + 2][e];
+#pragma unroll
+        for (int r = 0; r < 2; ++r) bias[b][r] = zero_sums[0][r] * zero_factor;
+      }
+      weigh<Shape::kFp16>(own, factor, bias, packed);
+#pragma unroll
+      for (int b = 0; b < 4; ++b)
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          weights[b][half] = __shfl_sync(0xffffffffu, packed[b % 2][half], b / 2 * 16 + lane % 16);
+    } else {
+      float bias[4][2];
+#pragma unroll
+      for (int b = 0; b < 4; ++b)
+#pragma unroll
+        for (int r = 0; r < 2; ++r) bias[b][r] = zero_sums[b / kBlocks][r] * zero_factor;
+      weigh<Shape::kFp16>(s, factor, bias, weights);
+    }
   }
 
   __device__ __forceinline__ void values(const unsigned char* tile, uint32_t address, int lane,
@@ -350,7 +378,7 @@ struct QuantState {
         load_codes<true>(words, address, b, chunk, lane);
 #pragma unroll
         for (int piece = 0; piece < kPieces; ++piece) {
-          const int group = (chunk + piece) * kChannels / Shape::kGroup;
+          const int group = (chunk + (kPairsPieces ? 0 : piece)) * kChannels / Shape::kGroup;
 #pragma unroll
           for (int set = 0; set < kSets; ++set) {
             const bool odd = Shape::kPaired ? g >= 4 : set == 1;
@@ -427,9 +455,9 @@ struct QuantState {
     float zeros[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) zeros[r] = sums[r] + __shfl_xor_sync(0xffffffffu, sums[r], 16);
-    const bool mine = !Shape::kPaired || g / 4 == t / 2;
 #pragma unroll
     for (int chunk = 0; chunk < kChunks; ++chunk) {
+      const bool mine = !Shape::kPaired || (kPairsPieces ? chunk % 2 : g / 4) == t / 2;
       const int group = chunk * kChannels / Shape::kGroup + (kChannels == 2 * Shape::kGroup ? g / 4 : 0);
       float z[2];
 #pragma unroll

@@ -42,7 +42,7 @@ struct QuantShape {
   static constexpr int kParam = kQuantTokens / kGroup * kHeadDim * 2;  // of keys and of values alike
   static constexpr int kScale = kCodes, kZero = kScale + kParam, kQuantHalf = kZero + kParam;
   static constexpr int kTailRow = kHeadDim * 2, kTailHalf = kTailTokens * kTailRow;
-  static_assert(!kPaired || kChunkChannels == 2 * kGroup);
+  static_assert(!kPaired || (kKeyGroups == 2 && (kChunkChannels == 2 * kGroup || kChunkChannels == kGroup)));
 
   // Shared memory: the line, then of as many warps as there is room for the states they deposit, then their rings.
   static constexpr int kStateRow = kHeadDim, kStateBytes = (kItemRows * (kStateRow * 4 + 8) + 127) / 128 * 128;
