@@ -34,6 +34,17 @@ struct QuantCodes {
     return word >> (j * kBits - place(j)) & (kMask << place(j)) * 0x10001u;
   }
 
+  // The same, but the last register has all codes of its byte, which takes no mask: what that adds to a sum is taken
+  // off it at the end (open_first).
+  static __device__ __forceinline__ uint32_t get_open(uint32_t word, int j) {
+    if constexpr (!kPlaced) return get(word, j);
+    if (j < kUnit / 2) return get(word, j);
+    const uint32_t byte = __byte_perm(word, 0, 0x4341u);
+    return j == kUnit - 1 ? byte : byte & (((1u << kBits) - 1) << place(j)) * 0x10001u;
+  }
+  // The first of the registers before j whose codes register j has as well; j: none.
+  static __host__ __device__ constexpr int open_first(int j) { return kPlaced && j == kUnit - 1 ? kUnit / 2 : j; }
+
   // 5 to 7 bits. `word`: of the 4-bit plane; `middle`, `low`: of the 2-bit and the 1-bit plane, if there is one, whose
   // parts middle_part and low_part belong to it (code_planes.h).
   static __device__ __forceinline__ uint32_t get(uint32_t word, uint32_t middle, int middle_part, uint32_t low,

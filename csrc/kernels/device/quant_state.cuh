@@ -38,7 +38,7 @@ struct QuantState {
 
   uint32_t q[kChunks * kUnit];                          // bf16, channels side by side, times 2^kQueryShift
   uint32_t q_half[Shape::kFp16 ? kChunks * kUnit : 1];  // the same in fp16
-  float o[kSets][kTiles][4];
+  float o[kSets][kTiles][4];  // times powers of two, and some with others added: see deposit()
   float sums[4];  // 0, 1: weights times zeros (V group g % 4; slots below 8 if g < 4, else the others); 2, 3: weights
   float reference[2];  // of columns 2t, 2t + 1; log2 units
 
@@ -210,7 +210,8 @@ struct QuantState {
       }
     }
   }
-  // Register j of a word of 16-byte piece `chunk`; half: slots below 8 or from 8 on.
+  // Register j of a word of 16-byte piece `chunk`; half: slots below 8 or from 8 on. kOpen: as get_open gives it.
+  template <bool kOpen>
   static __device__ __forceinline__ uint32_t code(uint32_t word, const FineCodes& fine, int chunk, int half, int j) {
     if constexpr (Shape::kPlanar) {
       constexpr int kPieces = FineCodes::kPieces;
@@ -218,7 +219,7 @@ struct QuantState {
       const uint32_t low = (Shape::kBits & 1) != 0 ? fine.low[half] : 0u;
       return Codes::get(word, middle, chunk / kPieces, low, chunk, j);
     } else {
-      return Codes::get(word, j);
+      return kOpen ? Codes::get_open(word, j) : Codes::get(word, j);
     }
   }
 
@@ -300,12 +301,12 @@ struct QuantState {
           for (int piece = 0; piece < kPieces; ++piece)
 #pragma unroll
             for (int j = 0; j < kUnit; j += 2)
-              multiply(
-                  s[b],
-                  {code(words[piece][0], fine, chunk + piece, 0, j), code(words[piece][1], fine, chunk + piece, 1, j),
-                   code(words[piece][0], fine, chunk + piece, 0, j + 1),
-                   code(words[piece][1], fine, chunk + piece, 1, j + 1)},
-                  scaled[piece][j], scaled[piece][j + 1]);
+              multiply(s[b],
+                       {code<false>(words[piece][0], fine, chunk + piece, 0, j),
+                        code<false>(words[piece][1], fine, chunk + piece, 1, j),
+                        code<false>(words[piece][0], fine, chunk + piece, 0, j + 1),
+                        code<false>(words[piece][1], fine, chunk + piece, 1, j + 1)},
+                       scaled[piece][j], scaled[piece][j + 1]);
         }
       }
     }
@@ -386,10 +387,10 @@ struct QuantState {
 #pragma unroll
             for (int j = 0; j < kUnit; j += 2)
               multiply(o[set][((chunk + piece) * kUnit + j) / 2],
-                       {code(words[piece][0], fine, chunk + piece, 0, j),
-                        code(words[piece][0], fine, chunk + piece, 0, j + 1),
-                        code(words[piece][1], fine, chunk + piece, 1, j),
-                        code(words[piece][1], fine, chunk + piece, 1, j + 1)},
+                       {code<true>(words[piece][0], fine, chunk + piece, 0, j),
+                        code<true>(words[piece][0], fine, chunk + piece, 0, j + 1),
+                        code<true>(words[piece][1], fine, chunk + piece, 1, j),
+                        code<true>(words[piece][1], fine, chunk + piece, 1, j + 1)},
                        b0, b1);
           }
         }
@@ -442,10 +443,14 @@ struct QuantState {
 #pragma unroll
       for (int j = 0; j < kUnit; j += 2)
 #pragma unroll
-        for (int set = 0; set < kSets; ++set)
-          mma_m16n8k16(o[set][(chunk * kUnit + j) / 2],
-                       {element(0, j), element(0, j + 1), element(1, j), element(1, j + 1)}, weights[0][0],
+        for (int set = 0; set < kSets; ++set) {
+          auto& sum = o[set][(chunk * kUnit + j) / 2];
+          mma_m16n8k16(sum, {element(0, j), element(0, j + 1), element(1, j), element(1, j + 1)}, weights[0][0],
                        weights[0][1]);
+#pragma unroll
+          for (int k = Codes::open_first(j + 1); k < j + 1; ++k)
+            mma_m16n8k16(sum, {0u, element(0, k), 0u, element(1, k)}, weights[0][0], weights[0][1]);
+        }
     }
   }
 
@@ -464,13 +469,18 @@ struct QuantState {
       for (int r = 0; r < 2; ++r) z[r] = __shfl_sync(0xffffffffu, zeros[r], group * 4 + t) * power(-kWeightShift);
 #pragma unroll
       for (int j = 0; j < kUnit; j += 2) {
-        const int n = (chunk * kUnit + j) / 2;
         const float f0 = power(Codes::kExponent - kWeightShift - Codes::place(j));
         const float f1 = power(Codes::kExponent - kWeightShift - Codes::place(j + 1));
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-          const float o0 = kSets == 2 && g >= 4 ? o[kSets - 1][n][r] : o[0][n][r];
-          const float o1 = kSets == 2 && g >= 4 ? o[kSets - 1][n][r + 2] : o[0][n][r + 2];
+          const auto at = [&](int j) {
+            const int n = (chunk * kUnit + j) / 2, e = j % 2 * 2 + r;
+            return kSets == 2 && g >= 4 ? o[kSets - 1][n][e] : o[0][n][e];
+          };
+          const float o0 = at(j);
+          float o1 = at(j + 1);
+#pragma unroll
+          for (int k = Codes::open_first(j + 1); k < j + 1; ++k) o1 -= at(k);
           if (mine)
             *reinterpret_cast<float2*>(to_o + (2 * t + r) % Shape::kItemRows * Shape::kHeadDim + chunk * kChannels +
                                        g * kUnit + j) = make_float2(fmaf(o0, f0, z[r]), fmaf(o1, f1, z[r]));
