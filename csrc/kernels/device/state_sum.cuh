@@ -65,21 +65,33 @@ __device__ __forceinline__ StateSum<4> sum_deposits(const unsigned char* deposit
                                                     int piece) {
   const auto has = [&](int w) { return (present >> w & 1) != 0; };
   const auto of_warp = [&](int w) { return reinterpret_cast<const float*>(deposits + w * apart); };
+  // All loads first, and no branch: what a warp has not left is the state of no keys, whose -0 change no sum.
   StateSum<4> sum;
   float2 ml[Shape::kWarps];
+  float o[Shape::kWarps][4];
 #pragma unroll
   for (int w = 0; w < Shape::kWarps; ++w) {
     const float* from = of_warp(w) + Shape::kItemRows * Shape::kStateRow;
-    ml[w] = has(w) ? reinterpret_cast<const float2*>(from)[row] : make_float2(negative_infinity(), 0.f);
-    sum.reference = fmaxf(sum.reference, ml[w].x);
+    ml[w] = has(w) ? reinterpret_cast<const float2*>(from)[row] : make_float2(negative_infinity(), -0.f);
   }
 #pragma unroll
   for (int w = 0; w < Shape::kWarps; ++w) {
-    if (!has(w)) continue;
+#pragma unroll
+    for (int k = 0; k < 4; ++k) o[w][k] = -0.f;
+    if (has(w)) load_channels(o[w], of_warp(w) + row * Shape::kStateRow + piece * 4);
+  }
+  float largest[Shape::kWarps];
+#pragma unroll
+  for (int w = 0; w < Shape::kWarps; ++w) largest[w] = ml[w].x;
+#pragma unroll
+  for (int step = 1; step < Shape::kWarps; step *= 2)
+#pragma unroll
+    for (int w = 0; w + step < Shape::kWarps; w += 2 * step) largest[w] = fmaxf(largest[w], largest[w + step]);
+  sum.reference = largest[0];
+#pragma unroll
+  for (int w = 0; w < Shape::kWarps; ++w) {
     const float weight = StateSum<4>::weight_of(ml[w].x, sum.reference);
-    float o[4];
-    load_channels(o, of_warp(w) + row * Shape::kStateRow + piece * 4);
-    sum.add(o, weight);
+    sum.add(o[w], weight);
     sum.l = fmaf(ml[w].y, weight, sum.l);
   }
   return sum;
