@@ -117,14 +117,20 @@ __device__ __forceinline__ StateSum<kHeadDim / 32> sum_states(const PartialState
                                                               int from, int to, int lane) {
   static_assert(kBatch <= 32);
   constexpr int kPer = kHeadDim / 32;
+  constexpr bool kAlone = kBatch <= 8;  // every lane reads m and l of a small batch, which saves the exchange
   StateSum<kPer> sum;
   for (int begin = from; begin < to; begin += kBatch) {
     const int64_t at = first + int64_t(begin) * apart;
     const float2* from_ml = states.ml + at;
     const float* from_o = states.o + at * kHeadDim + lane * kPer;
     const int here = min(kBatch, to - begin);
-    float2 ml = make_float2(negative_infinity(), 0.f);
-    if (lane < here) ml = __ldcg(from_ml + lane * apart);
+    float2 ml[kAlone ? kBatch : 1];
+#pragma unroll
+    for (int i = 0; i < (kAlone ? kBatch : 1); ++i) {
+      const int own = kAlone ? i : lane;
+      ml[i] = make_float2(negative_infinity(), 0.f);
+      if (own < here) ml[i] = __ldcg(from_ml + own * apart);
+    }
     float o[kBatch][kPer];
 #pragma unroll
     for (int i = 0; i < kBatch; ++i) {  // all loads first: they are independent
@@ -132,13 +138,27 @@ __device__ __forceinline__ StateSum<kHeadDim / 32> sum_states(const PartialState
       for (int j = 0; j < kPer; ++j) o[i][j] = 0.f;
       if (i < here) load_fresh(o[i], from_o + i * apart * kHeadDim);
     }
-    float largest = fmaxf(sum.reference, ml.x);
-    for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    sum.raise(largest);
-    const float weight = sum.weight_of(ml.x, largest);
-    sum.l += warp_sum(ml.y * weight);
+    float largest = fmaxf(sum.reference, ml[0].x);
+    if constexpr (kAlone) {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) sum.add(o[i], __shfl_sync(0xffffffffu, weight, i));
+      for (int i = 1; i < kBatch; ++i) largest = fmaxf(largest, ml[i].x);
+    } else {
+      for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+    }
+    sum.raise(largest);
+    if constexpr (kAlone) {
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        const float weight = sum.weight_of(ml[i].x, largest);
+        sum.l = fmaf(ml[i].y, weight, sum.l);
+        sum.add(o[i], weight);
+      }
+    } else {
+      const float weight = sum.weight_of(ml[0].x, largest);
+      sum.l += warp_sum(ml[0].y * weight);
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) sum.add(o[i], __shfl_sync(0xffffffffu, weight, i));
+    }
   }
   return sum;
 }
