@@ -7,11 +7,16 @@
 // - Keys: score = sum q' code + sum q zero, q' = q * scale, once a group of tokens; the second sum is the same for all
 //   keys of a group and takes one mma a step for two groups.
 // - Values: o = sum w' code + sum w zero, w' = w * scale, once a token and group of channels; the second sum has one
-//   mma for 16 tokens, whose idle rows multiply ones: the sum of weights.
-// Eight units of 16 bits, which is what a row of ldmatrix gives the lanes, hold 64 channels at 2 bits: two groups of 32
-// in one mma, which would need two weights. kPaired: with up to four item rows, columns 4 .. 7 repeat rows 0 .. 3 for
-// the second group, and of each accumulator the half that belongs together is used. Else each group has its own
-// accumulators.
+//   mma for 16 tokens, whose idle rows multiply ones: the sum of weights. The last code of a byte keeps the others of
+//   it (get_open); deposit() takes off what they add.
+//
+// kPaired: up to four item rows, at 2 and 4 bits, use columns 4 .. 7 for the same rows over again, with other scales:
+// - Keys: of the second group of tokens. So q' is built once for both groups, and of the scores of a block the columns
+//   of its group count: lanes t < 2 weigh blocks 0 and 1, the others blocks 2 and 3, and give each other the weights.
+// - Values: of the next group of channels. Eight units of 16 bits, which a row of ldmatrix gives the lanes, hold 64
+//   channels at 2 bits: two groups of 32 in one mma. At 4 bits a group is such a row, and two rows share an operand.
+//   Of each accumulator the half that belongs together is used.
+// Unpaired, two groups in one mma have accumulators each.
 //
 // Lane (g, t) = (lane / 4, lane % 4). Of each 16-byte piece c of a key it has word t; of a value unit g. In a block of
 // 16 tokens, slot s < 8 (row of the score tile, k index of the second product) is token 2s, slot 8 + s token 2s + 1.
@@ -38,7 +43,7 @@ struct QuantState {
 
   uint32_t q[kChunks * kUnit];                          // bf16, channels side by side, times 2^kQueryShift
   uint32_t q_half[Shape::kFp16 ? kChunks * kUnit : 1];  // the same in fp16
-  float o[kSets][kTiles][4];  // times powers of two, and some with others added: see deposit()
+  float o[kSets][kTiles][4];                            // times powers of two, some with others added: see deposit()
   float sums[4];  // 0, 1: weights times zeros (V group g % 4; slots below 8 if g < 4, else the others); 2, 3: weights
   float reference[2];  // of columns 2t, 2t + 1; log2 units
 
@@ -164,6 +169,7 @@ struct QuantState {
   // The codes of a block of 16 tokens, 16-byte pieces c and c + 1 (only c if a token has but one): [piece][slots below
   // 8, from 8 on]. `codes`: shared address. kTrans: values.
   static constexpr int kPieces = kChunks > 1 ? 2 : 1;
+  // The groups of channels that share an operand lie in two pieces, not in one.
   static constexpr bool kPairsPieces = Shape::kPaired && kChannels == Shape::kGroup;
   static_assert(!kPairsPieces || kPieces == 2);
   template <bool kTrans>
@@ -235,10 +241,10 @@ struct QuantState {
     }
   }
 
-  // Of each group of a tile's tokens, columns 2t and 2t + 1: q times zeros. Rows of the operand are groups: those of
-  // lanes below 16 the first, of the others the last. Four words of zeros side by side, as they are loaded, are an
-  // operand whose rows below 8 have words 0 and 2 and whose others 1 and 3; either half counts beside what of q belongs
-  // to it.
+  // For columns 2t and 2t + 1, q times zeros of each group of a tile's tokens, or of theirs if kPaired. Rows of the
+  // operand are groups: those of lanes below 16 the first, of the others the last. Four words of zeros side by side, as
+  // they are loaded, are an operand whose rows below 8 have words 0 and 2 and whose others 1 and 3; either half counts
+  // beside what of q belongs to it.
   static constexpr int kGroups = Shape::kKeyGroups;
   template <int kSums>
   __device__ __forceinline__ void sum_zeros(float (&sums_of)[kSums][2], const unsigned char* tile, int lane) {
@@ -267,8 +273,7 @@ struct QuantState {
   __device__ __forceinline__ void keys(const unsigned char* tile, uint32_t address, float c, int lane,
                                        uint32_t (&weights)[4][2]) {
     const int t = lane % 4;
-    constexpr int kOperands = Shape::kPaired ? 1 : kGroups;  // q' of both groups in one, or one each
-    constexpr int kBlocks = 4 / kOperands;
+    constexpr int kOperands = Shape::kPaired ? 1 : kGroups, kBlocks = 4 / kOperands;  // blocks: of an operand q'
     float s[4][4] = {};
     float zero_sums[kOperands][2];
     sum_zeros(zero_sums, tile, lane);
