@@ -116,6 +116,21 @@ def test_nan_and_infinity_stay_in_their_row(dtype: torch.dtype, rng: torch.Gener
     assert_same_bytes(got[clean], want[clean])
 
 
+@pytest.mark.cuda
+@pytest.mark.parametrize("settled", [False, True])
+@pytest.mark.parametrize(("n", "k"), [(6144, 4096), (7168, 1536), (28672, 256), (1000, 2048)])  # k in 4, 2, 1, 4 parts
+@torch.inference_mode()
+def test_many_rows_are_those_of_few_cuda(n: int, k: int, settled: bool, rng: torch.Generator) -> None:
+    x, w = (t.to("cuda") for t in _inputs(600, n, k, torch.bfloat16, rng))
+    want = torch.cat([ops.linear(part, w) for part in x.split(64)])
+    poison_allocator()
+    counts = (65, 128, 129, 192, 193, 248, 256, 257, 300, 600)
+    got = [ops.linear(x[600 - rows :], w, weight_settled=settled) for rows in counts]  # each starts beside the last
+    for rows, out in zip(counts, got, strict=True):
+        assert_same_bytes(out, want[600 - rows :])
+    assert first_difference(ops.linear(x[1:], w), want[:-1]) is not None
+
+
 # (dim, k) of [gate; up]. On a Hopper GPU: k in one part and in several, an odd dim, a k that is no multiple of 8.
 SWIGLU_SHAPES = [(61, 61), (8, 64), (152, 800), (1376, 512), (7168, 256)]
 
@@ -138,7 +153,7 @@ def test_swiglu_is_silu_mul_of_linear(rows: int, dim: int, k: int, dtype: torch.
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("rows", [1, 8, 33, 64, 130])
+@pytest.mark.parametrize("rows", [1, 8, 33, 64, 130, 250])
 @pytest.mark.parametrize(("dim", "k"), SWIGLU_SHAPES)
 def test_swiglu_is_silu_mul_of_linear_cuda(
     rows: int, dim: int, k: int, dtype: torch.dtype, rng: torch.Generator
