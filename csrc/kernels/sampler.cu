@@ -26,6 +26,7 @@
 #include "device/launch.cuh"
 #include "device/philox.cuh"
 #include "device/reduce.cuh"
+#include "device/sampler_few.cuh"
 #include "device/sampler_filter.cuh"
 #include "device/sampler_noise.cuh"
 #include "device/sampler_row.cuh"
@@ -40,7 +41,10 @@ constexpr int kMaxVocab = 500000;  // an index has 24 bits, a sum of masses 64
 
 struct Shared {
   SampleExchange exchange;
-  FilterShared filter;
+  union {  // one after the other
+    FewShared few;
+    FilterShared filter;
+  };
   float sum_scratch[32], log_sum;  // the latter of the thread that writes the results
   alignas(16) float4 part[];
 };
@@ -69,6 +73,9 @@ class RowSampler {
     temperature_ = s_.exchange.settings.temperature;
     largest_ = largest_logit_ / temperature_;
     if (temperature_ == 0.0f || !isfinite(largest_)) return finish(argmax_);  // the limit of a temperature of 0
+    int32_t token = -1;
+    FewEntries<kResident> few(part_, s_.few, s_.exchange.settings, p_.vocab);
+    if (few.worth_trying() && few.run(cluster_, temperature_, largest_, token)) return finish(token);
     RowFilter<kResident> filter(part_, s_.filter, p_.vocab, temperature_, largest_);
     finish(draw(filter.run(s_.exchange.settings)));
   }
@@ -106,11 +113,14 @@ class RowSampler {
     });
     cp_async_commit();
     cp_async_wait<0>();  // the settings
+    const float peak = largest;
     const Best best = cluster_.block_best({largest, argmax});
     if (largest != -INFINITY) sum = __fmul_rn(sum, expf(largest - best.score));
     sum = block_sum(sum, s_.sum_scratch);
 
     cluster_wait();  // all blocks of the cluster have started
+    FewEntries<kResident> few(part_, s_.few, s_.exchange.settings, p_.vocab);
+    if (few.worth_trying()) few.send_peak(peak);
     cluster_.exchange(make_float4(best.score, sum, __int_as_float(best.index), 0.0f));
     Best all;
     float sums = 0.0f;

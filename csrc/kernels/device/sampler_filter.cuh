@@ -54,6 +54,33 @@ struct Cut {
   }
 };
 
+// Grows with the distance from the largest value, which is in bin 0.
+__device__ __forceinline__ int distance_bin(float largest, float value, int last_bin) {
+  return int(fminf(float(last_bin), (largest - value) * kBinsPerNat));
+}
+
+// Of a value that is x above the largest.
+__device__ __forceinline__ uint64_t mass_of(float x) {
+  return x < kSmallestMass ? 0 : __float2ull_rn(expf(x) * kMassUnit);
+}
+// A logit of which it is sure that it has no mass, as all below; -infinity if none is found.
+__device__ __forceinline__ float last_without_mass(float largest, float temperature) {
+  const float bound = (largest - 25.8f) * temperature;
+  return bound / temperature - largest < kSmallestMass ? bound : -INFINITY;
+}
+// The mass at which top_p of the total is reached.
+__device__ __forceinline__ uint64_t share_of_mass(float top_p, uint64_t total) {
+  const double share = ceil(double(top_p) * double(total));
+  return share < 1.0 ? 1 : min(uint64_t(share), total);
+}
+
+__device__ __forceinline__ bool below_min_p(float value, float largest, float min_p) {
+  if (value >= largest) return false;
+  const float estimate = value - largest - logf(min_p);
+  if (fabsf(estimate) > 1e-3f) return estimate < 0.0f;
+  return double(value) < double(largest) + log(double(min_p));
+}
+
 __device__ __forceinline__ float largest_of(float4 v) { return fmaxf(fmaxf(v.x, v.y), fmaxf(v.z, v.w)); }
 __device__ __forceinline__ float element(float4 v, int i) { return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w; }
 
@@ -74,27 +101,15 @@ class RowFilter {
     const float min_p = settings.min_p;
     if (min_p > 0.0f) {
       const float guess = (largest_ + logf(min_p)) * temperature_;
-      cut_.floor = fmaxf(cut_.floor, last_below(guess, [&](float x) { return below_min_p(x / temperature_, min_p); }));
+      cut_.floor = fmaxf(cut_.floor, last_below(guess, [&](float x) { return below_min_p(x / temperature_, largest_, min_p); }));
     }
     return cut_;
   }
 
  private:
-  __device__ bool below_min_p(float value, float min_p) const {
-    if (value >= largest_) return false;
-    const float estimate = value - largest_ - logf(min_p);
-    if (fabsf(estimate) > 1e-3f) return estimate < 0.0f;
-    return double(value) < double(largest_) + log(double(min_p));
-  }
-
-  __device__ __forceinline__ uint64_t mass_of(float value) const {
-    const float x = value - largest_;
-    return x < kSmallestMass ? 0 : __float2ull_rn(expf(x) * kMassUnit);
-  }
-
-  // Grows with the distance from the largest value, which is in bin 0.
+  __device__ __forceinline__ uint64_t mass_of(float value) const { return cuda::mass_of(value - largest_); }
   __device__ __forceinline__ int distance_bin(float value) const {
-    return int(fminf(float(last_bin_), (largest_ - value) * kBinsPerNat));
+    return cuda::distance_bin(largest_, value, last_bin_);
   }
 
   // f(place, place - low) of the entries that are searched.
@@ -215,8 +230,7 @@ class RowFilter {
       // vocab e^-d of the largest one's mass is less than 1 - p of it; NaN and infinity become 255.
       const float reach = kBinsPerNat * logf(float(vocab_) / (1.0f - top_p)) + 2.0f;
       last_bin_ = max(1, int(fminf(float(kBins - 1), reach)));
-      bound = (largest_ - 25.8f) * temperature_;
-      if (!(bound / temperature_ - largest_ < kSmallestMass)) bound = -INFINITY;
+      bound = last_without_mass(largest_, temperature_);
     } else {
       bound = (largest_ - (float(kBins) + 0.1f) / kBinsPerNat) * temperature_;
       if (distance_bin(bound / temperature_) != kBins - 1) bound = -INFINITY;
@@ -299,10 +313,7 @@ class RowFilter {
       }
       const uint64_t total = __shfl_sync(kAllLanes, before, 31);
       before -= own;
-      if (top_p >= 0.0f) {
-        const double share = ceil(double(top_p) * double(total));
-        target = share < 1.0 ? 1 : min(uint64_t(share), total);
-      }
+      if (top_p >= 0.0f) target = share_of_mass(top_p, total);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
         const int bin = 8 * lane + i;
