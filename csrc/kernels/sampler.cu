@@ -6,8 +6,10 @@
 // quads of 4 entries (device/sampler_row.cuh). Block: 512 threads, two blocks a multiprocessor. Shared memory: 31 KB
 // for the filters, and the block's part of the row if it fits; otherwise each walk over the part reads global memory.
 //
-// Walks over the row: one for the softmax; one to draw; two for top-k and two for top-p (device/sampler_filter.cuh).
-// The filters leave a range of logits, so that no walk but theirs divides by the temperature.
+// Walks over the row: one for the softmax; with a filter one more, to list the few entries that may be kept, from which
+// the cluster's first block draws (device/sampler_few.cuh). If they are not few, and without a filter: one to draw; two
+// for top-k and two for top-p (device/sampler_filter.cuh). These filters leave a range of logits, so that no walk but
+// theirs divides by the temperature.
 //
 // The draw computes the noise in double precision for the few entries that can win alone: an upper bound of each score
 // is one logarithm away from the Philox word, a lower bound of a block's best score follows from that of each thread's

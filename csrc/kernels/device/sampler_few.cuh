@@ -3,9 +3,9 @@
 // the cluster's first block.
 //
 // The largest logits of groups of threads, known from the softmax, are a sample of the row's upper end: as many
-// entries as there are such peaks above a bound, or more, are above it. So a bound on which k peaks lie has the top-k
-// entries above it, and little else. For top-p a bound on kPeaksByMass peaks is a guess: whether the entries above it
-// weigh enough is known when the mass of the row is, from the same walk that lists them.
+// entries as there are such peaks above a bound, or more, are above it. So above a bound that k peaks exceed are the
+// top-k entries, and few others. For top-p the bound that kPeaksByMass peaks exceed is a guess: whether the entries
+// above it weigh enough is known when the mass of the row is, from the same walk that lists them.
 //
 // The listed entries then are compared with each other. If they are too many or, in top-p, do not suffice, the caller
 // takes the filters of device/sampler_filter.cuh, which find the same cut.
@@ -21,9 +21,9 @@ namespace vericache::cuda {
 
 constexpr int kPeaks = kSampleThreads / 4;  // a block's; each of 4 threads
 constexpr int kPeaksByMass = 128;
-constexpr int kMostByCount = 256;                             // a larger top_k is not tried
+constexpr int kMostByCount = 256;                            // a larger top_k is not tried
 constexpr int kFewOfBlock = 128, kMostFew = kSampleThreads;  // listed entries
-constexpr int kNearestWithoutMass = 208;                      // the bin of distance_bin from which on nothing has a mass
+constexpr int kNearestWithoutMass = 208;                     // the bin of distance_bin from which on nothing has a mass
 
 struct FewShared {
   float peaks[kMostBlocks][kPeaks];
@@ -62,6 +62,7 @@ class FewEntries {
   // After it. Whether the row's token has been found: in `token`, in the first block.
   __device__ __forceinline__ bool run(RowCluster& cluster, float temperature, float largest, int32_t& token) {
     temperature_ = temperature, largest_ = largest;
+    if (!by_count() && !is_ordinary()) return false;
     find_bin();
     const int bin = s_.bin;
     if (bin == kBins - 1) return false;
@@ -98,7 +99,21 @@ class FewEntries {
 
   __device__ __forceinline__ int bin_of(float value) const { return distance_bin(largest_, value, kBins - 1); }
 
-  __device__ __forceinline__ uint64_t mass_target(uint64_t total) const { return share_of_mass(fmaxf(settings_.top_p, 0.0f), total); }
+  __device__ __forceinline__ uint64_t mass_target(uint64_t total) const {
+    return share_of_mass(fmaxf(settings_.top_p, 0.0f), total);
+  }
+
+  // x / temperature: correctly rounded from its correctly rounded reciprocal by two steps of Markstein's, for a row
+  // that is_ordinary() and x not below what has a mass; an x below 2^-100 aside, whose mass it does not change.
+  __device__ __forceinline__ float quotient(float x, float reciprocal) const {
+    const float first = x * reciprocal;
+    const float second = fmaf(fmaf(-first, temperature_, x), reciprocal, first);
+    return fmaf(fmaf(-second, temperature_, x), reciprocal, second);
+  }
+  // Nothing overflows or gets lost then; and there is a logit with no mass.
+  __device__ __forceinline__ bool is_ordinary() const {
+    return temperature_ >= 0x1p-20f && temperature_ <= 0x1p20f && fabsf(largest_) <= 0x1p14f;
+  }
 
   // The bin that has the last of as many peaks as are wanted; the last bin if that is none.
   __device__ __forceinline__ void find_bin() {
@@ -131,8 +146,7 @@ class FewEntries {
 #pragma unroll
       for (int i = 0; i < kLaneBins; ++i) {
         const int bin = kLaneBins * thread + i;
-        if (before < wanted && wanted <= before + weight[i])
-          s_.bin = by_count() ? bin : min(bin, kNearestWithoutMass);
+        if (before < wanted && wanted <= before + weight[i]) s_.bin = by_count() ? bin : min(bin, kNearestWithoutMass);
         before += weight[i];
       }
       if (thread == 0 && !by_count() && all < wanted) s_.bin = kNearestWithoutMass;
@@ -148,34 +162,36 @@ class FewEntries {
     if (!(bin_of(outside / temperature_) > bin)) outside = -INFINITY;
     const bool weigh = !by_count();
     float weightless = outside;
-    if (weigh) weightless = fminf(outside, last_without_mass(largest_, temperature_));
+    if (weigh) weightless = fminf(outside, (largest_ - 25.8f) * temperature_);
 
     uint64_t total = 0, near = 0;
-    const uint32_t to = map_to_rank(smem_address(&s_.gathered[block_rank()][0]), 0);
-    part_.each([&](float4 v, int first) {
-      if (!(largest_of(v) > weightless)) return;
-      const auto take = [&](float x, float value, uint64_t mass, int index) {
-        if (!(x > outside && bin_of(value) <= bin)) return;
-        near += mass;
-        const uint32_t slot = atomicAdd(&s_.size, 1u);
-        if (slot < kFewOfBlock) store_cluster_u64(to + 8 * slot, place(value, index));
-      };
-      if (weigh) {
+    const auto send = [&](float x, int index) {
+      const uint32_t slot = atomicAdd(&s_.size, 1u);
+      const uint32_t to = map_to_rank(smem_address(&s_.gathered[block_rank()][0]), 0);
+      if (slot < kFewOfBlock) store_cluster_u64(to + 8 * slot, place(x / temperature_, index));
+    };
+    if (weigh) {
+      const float reciprocal = 1.0f / temperature_;
+      part_.each([&](float4 v, int first) {
+        if (!(largest_of(v) > weightless)) return;
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-          const float x = element(v, i), value = x / temperature_;
-          const uint64_t mass = mass_of(value - largest_);
+          const float x = element(v, i), value = quotient(x, reciprocal);
+          const uint64_t mass = x > weightless ? mass_of(value - largest_) : 0;
           total += mass;
-          take(x, value, mass, first + i);
+          if (x > outside && bin_of(value) <= bin) near += mass, send(x, first + i);
         }
-      } else {
+      });
+    } else {
+      part_.each([&](float4 v, int first) {
+        if (!(largest_of(v) > outside)) return;
 #pragma unroll 1
         for (int i = 0; i < 4; ++i) {
           const float x = element(v, i);
-          if (x > outside) take(x, x / temperature_, 0, first + i);
+          if (x > outside && bin_of(x / temperature_) <= bin) send(x, first + i);
         }
-      }
-    });
+      });
+    }
     const int thread = fresh_thread();
     if (weigh) {
       total = warp_sum(total), near = warp_sum(near);
@@ -243,7 +259,8 @@ class FewEntries {
     if (kept && lane == 0) {
       const float value = value_at(mine);
       const int32_t index = index_at(mine);
-      const PhiloxWords words = philox4x32(uint32_t(index) / 4, settings_.position, settings_.seed[0], settings_.seed[1]);
+      const PhiloxWords words =
+          philox4x32(uint32_t(index) / 4, settings_.position, settings_.seed[0], settings_.seed[1]);
       if (!(settings_.min_p > 0.0f && below_min_p(value, largest_, settings_.min_p)))
         best = {value + gumbel(words[index % 4]), index};
     }
