@@ -20,7 +20,7 @@
 namespace vericache::cuda {
 
 constexpr int kPeaks = kSampleThreads / 4;  // a block's; each of 4 threads
-constexpr int kPeaksByMass = 128;
+constexpr int kPeaksByMass = 64;
 constexpr int kMostByCount = 256;                            // a larger top_k is not tried
 constexpr int kFewOfBlock = 128, kMostFew = kSampleThreads;  // listed entries
 constexpr int kNearestWithoutMass = 208;                     // the bin of distance_bin from which on nothing has a mass
