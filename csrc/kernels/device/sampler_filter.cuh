@@ -101,7 +101,8 @@ class RowFilter {
     const float min_p = settings.min_p;
     if (min_p > 0.0f) {
       const float guess = (largest_ + logf(min_p)) * temperature_;
-      cut_.floor = fmaxf(cut_.floor, last_below(guess, [&](float x) { return below_min_p(x / temperature_, largest_, min_p); }));
+      cut_.floor =
+          fmaxf(cut_.floor, last_below(guess, [&](float x) { return below_min_p(x / temperature_, largest_, min_p); }));
     }
     return cut_;
   }
