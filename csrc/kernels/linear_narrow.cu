@@ -81,9 +81,6 @@ using PairShape = NarrowShape<kRows, 2, 2, 1, kTokens, kEnd>;
 template <int kParts>
 using NormShape = NarrowShape<2 * kNormRun, kParts, 1, 2, kGroupTokens, NarrowEnd::kNormRope>;
 
-// Of so many rows of x. No more: what a copy fills up past the last row costs it more than rows do.
-int copied_tokens(int rows) { return (rows + 7) / 8 * 8; }
-
 struct NarrowArgs {
   LinearParams p;
   int begin[kMostParts + 1];                   // first chunk of each part of k, and the end

@@ -57,6 +57,9 @@ struct LinearHopperPlan {
   constexpr int part_begin(int i) const { return int(int64_t(k_stages) * i / splits); }
 };
 
+// Of so many rows of x a copy takes. No more: what it fills up past the last row costs it more than rows do.
+constexpr int copied_tokens(int rows) { return (rows + 7) / 8 * 8; }
+
 // For linear.cu: the same weighing with tiles of any multiple of 8 rows.
 constexpr LinearHopperPlan linear_hopper_plan(int n, int k) {
   constexpr int kMultiprocessors = 132, kTokens = 64;

@@ -295,11 +295,14 @@ void launch_wide(WideArgs args, const DeviceInfo& info, cudaStream_t stream) {
 }
 
 template <int kGroups, int kSteps>
-void launch_rows(const WideArgs& args, const DeviceInfo& info, cudaStream_t stream) {
-  if (args.splits == 1) {
-    if (args.rows <= 96) return launch_wide<kGroups, kSteps, 96, false>(args, info, stream);
-    return launch_wide<kGroups, kSteps, 224, false>(args, info, stream);
-  }
+void launch_one_part(const WideArgs& args, const DeviceInfo& info, cudaStream_t stream) {
+  if (args.rows <= 96) return launch_wide<kGroups, kSteps, 96, false>(args, info, stream);
+  launch_wide<kGroups, kSteps, 224, false>(args, info, stream);
+}
+
+template <int kGroups, int kSteps>
+void launch_parts(const WideArgs& args, const DeviceInfo& info, cudaStream_t stream) {
+  if (args.splits == 1) return launch_one_part<kGroups, kSteps>(args, info, stream);
   if (args.rows <= 96) return launch_wide<kGroups, kSteps, 96, true>(args, info, stream);
   if (args.rows <= 160) return launch_wide<kGroups, kSteps, 160, true>(args, info, stream);
   launch_wide<kGroups, kSteps, 208, true>(args, info, stream);
@@ -319,7 +322,7 @@ bool linear_wide(const LinearParams& p, const LinearHopperPlan& plan, const Devi
   args.token_blocks = (p.rows + kMostTokens - 1) / kMostTokens;
   const int most = (p.rows + args.token_blocks - 1) / args.token_blocks;  // tokens of a block
   const int tokens = most <= 128 && plan.splits == 1 ? 128 : most <= 192 ? 192 : kMostTokens;
-  args.box_tokens = std::min(tokens, (p.rows + 7) / 8 * 8);
+  args.box_tokens = std::min(tokens, copied_tokens(p.rows));
   // As few rows as one round of clusters allows, or two rounds, ... Of clusters of four a GPU holds fewer than it has
   // multiprocessors for.
   const int fit = plan.splits == 4 ? info.multiprocessors / 4 * 10 / 11 : info.multiprocessors / plan.splits;
@@ -330,14 +333,12 @@ bool linear_wide(const LinearParams& p, const LinearHopperPlan& plan, const Devi
     if (args.rows <= most_rows) break;
   }
   args.items = (p.n + args.rows - 1) / args.rows * args.token_blocks;
-  if (tokens == 128 && args.rows <= 96)
-    launch_wide<2, 1, 96, false>(args, info, stream);
-  else if (tokens == 128)
-    launch_wide<2, 1, 224, false>(args, info, stream);
+  if (tokens == 128)
+    launch_one_part<2, 1>(args, info, stream);
   else if (tokens == 192)
-    launch_rows<3, 1>(args, info, stream);
+    launch_parts<3, 1>(args, info, stream);
   else
-    launch_rows<2, 2>(args, info, stream);
+    launch_parts<2, 2>(args, info, stream);
   return true;
 }
 
