@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Sums over a warp and a block in a fixed order: the butterfly lane ^ 16, 8, 4, 2, 1, then the same over the warps'
-// sums. The order depends on the number of threads alone.
+// sums. The order depends on the number of threads alone. The sums before a lane are for integers: they subtract.
 #pragma once
 
 namespace vericache::cuda {
@@ -10,6 +10,19 @@ __device__ __forceinline__ T warp_sum(T x) {
 #pragma unroll
   for (int mask = 16; mask > 0; mask /= 2) x += __shfl_xor_sync(0xffffffffu, x, mask);
   return x;
+}
+
+// The sum over the lanes before this one, in the order of the lanes; `total` is that of all.
+template <class T>
+__device__ __forceinline__ T warp_sum_before(T x, int lane, T& total) {
+  T sum = x;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const T other = __shfl_up_sync(0xffffffffu, sum, step);
+    if (lane >= step) sum += other;
+  }
+  total = __shfl_sync(0xffffffffu, sum, 31);
+  return sum - x;
 }
 
 // Every thread gets the sum. `scratch` is 32 elements of shared memory, free again after the next barrier.

@@ -134,14 +134,7 @@ class FewEntries {
         weight[i] = c.x + c.y + c.z + c.w;
         own += weight[i];
       }
-      uint32_t before = own;
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const uint32_t other = __shfl_up_sync(kAllLanes, before, step);
-        if (thread >= step) before += other;
-      }
-      const uint32_t all = __shfl_sync(kAllLanes, before, 31);
-      before -= own;
+      uint32_t all, before = warp_sum_before(own, thread, all);
       const uint32_t wanted = by_count() ? uint32_t(settings_.top_k) : kPeaksByMass;
 #pragma unroll
       for (int i = 0; i < kLaneBins; ++i) {
@@ -161,8 +154,7 @@ class FewEntries {
     outside -= fabsf(outside) * 1e-6f;
     if (!(bin_of(outside / temperature_) > bin)) outside = -INFINITY;
     const bool weigh = !by_count();
-    float weightless = outside;
-    if (weigh) weightless = fminf(outside, (largest_ - 25.8f) * temperature_);
+    const float weightless = weigh ? fminf(outside, last_without_mass(largest_, temperature_)) : outside;
 
     uint64_t total = 0, near = 0;
     const auto send = [&](float x, int index) {

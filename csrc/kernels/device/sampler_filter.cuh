@@ -306,14 +306,7 @@ class RowFilter {
         weight[i] = by_mass_ ? s_.total_mass[8 * lane + i] : s_.total_count[8 * lane + i];
         own += weight[i];
       }
-      uint64_t before = own;  // inclusive scan, then exclusive
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const uint64_t other = __shfl_up_sync(kAllLanes, before, step);
-        if (lane >= step) before += other;
-      }
-      const uint64_t total = __shfl_sync(kAllLanes, before, 31);
-      before -= own;
+      uint64_t total, before = warp_sum_before(own, lane, total);
       if (top_p >= 0.0f) target = share_of_mass(top_p, total);
 #pragma unroll
       for (int i = 0; i < 8; ++i) {
