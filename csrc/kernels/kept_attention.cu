@@ -47,14 +47,13 @@ KeptParams planned(const KeptAttentionParams& p) {
   const int tiles =
       ceil_of((p.max_kept_pages + p.max_tail_pages) * p.page_size, kTileTokens) + 1;  // of one unit, with its hole
   KeptParams plan{p};
-  const int absolute = splits_for(KeptSplits{0}, tiles * kTileTokens);
-  plan.max_splits = absolute;
+  plan.max_splits = splits_for(KeptKeys::of_many(p.as_full), tiles * kTileTokens);
   if (4 * units > blocks || p.as_full) return plan;
   plan.pieces = blocks - units;
   // Memory for units of four times the mean length; if one is longer, all get longer pieces.
   const int even = std::min(ceil_of(tiles, kLeastTiles), 4 * plan.pieces / units + 1);
   plan.least_tiles = std::max(kLeastTiles, ceil_of(tiles, even));
-  plan.max_splits = std::max(absolute, even);
+  plan.max_splits = std::max(plan.max_splits, even);
   return plan;
 }
 

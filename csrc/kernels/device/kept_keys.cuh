@@ -11,22 +11,37 @@ namespace vericache::cuda {
 
 __host__ __device__ constexpr int ceil_of(int x, int by) { return (x + by - 1) / by; }
 
-// Even pieces, or AbsoluteSplits.
+// Short pieces up to a token, then long ones; or AbsoluteSplits.
 struct KeptSplits {
-  int even;  // tokens a piece, a multiple of a tile; 0: absolute
-  static constexpr int kKinds = AbsoluteSplits::kKinds;
+  int length;     // tokens of a long piece, a multiple of a tile; 0: absolute
+  int short_end;  // a multiple of kShort
+  static constexpr int kKinds = AbsoluteSplits::kKinds, kShort = AbsoluteSplits::kShort;
 
-  __host__ __device__ constexpr int of(int token) const { return even > 0 ? token / even : AbsoluteSplits::of(token); }
-  __host__ __device__ constexpr int begin(int split) const {
-    return even > 0 ? split * even : AbsoluteSplits::begin(split);
+  // For many units, which are dealt: long ones first, short ones to even out the end.
+  static __host__ __device__ constexpr KeptSplits dealt() { return {4096, 4096}; }
+
+  __host__ __device__ constexpr int of(int token) const {
+    if (length == 0) return AbsoluteSplits::of(token);
+    return token < short_end ? token / kShort : short_end / kShort + (token - short_end) / length;
   }
-  // Even pieces are all of kind 0.
-  __device__ int first_of(int kind) const { return even > 0 ? 0 : AbsoluteSplits::first_of(kind); }
-  __device__ int weight(int kind) const { return even > 0 ? 1 : AbsoluteSplits::weight(kind); }
+  __host__ __device__ constexpr int begin(int split) const {
+    if (length == 0) return AbsoluteSplits::begin(split);
+    const int shorts = short_end / kShort;
+    return split < shorts ? split * kShort : short_end + (split - shorts) * length;
+  }
+  // Long pieces are of kind 0, short ones of kind 1.
+  __device__ int first_of(int kind) const {
+    if (length == 0) return AbsoluteSplits::first_of(kind);
+    return kind == 0 ? short_end / kShort : 0;
+  }
+  __device__ int weight(int kind) const {
+    if (length == 0) return AbsoluteSplits::weight(kind);
+    return kind == 0 ? max(1, length / kShort) : 1;
+  }
 };
 
 struct KeptParams : KeptAttentionParams {
-  int pieces = 0;       // whole even pieces wanted, of all units together; 0: absolute ones
+  int pieces = 0;       // whole even pieces wanted, of all units together; 0: KeptSplits::dealt(), or absolute ones
   int least_tiles = 0;  // of an even piece, so that no unit has more pieces than there is memory for
   int max_splits = 0;   // of one unit
 };
@@ -36,10 +51,12 @@ struct KeptKeys {
   using Splits = KeptSplits;
   static constexpr bool kPerHead = true;
 
+  static __host__ __device__ Splits of_many(bool as_full) { return as_full ? Splits{0, 0} : Splits::dealt(); }
+
   // Every warp of every block, of the merge too, comes to the same: a request's tail is measured by its last row. That
   // only sets a length; it need not be the longest tail.
   static __device__ Splits splits(const Params& p) {
-    if (p.pieces == 0) return {0};
+    if (p.pieces == 0) return of_many(p.as_full);
     int tiles = 0;
     for (int unit = int(threadIdx.x) % 32; unit < p.requests * p.kv_heads; unit += 32) {
       const int request = unit / p.kv_heads, first = p.row_offsets[request], end = p.row_offsets[request + 1];
@@ -48,7 +65,7 @@ struct KeptKeys {
       tiles += ceil_of(p.kept_len[unit], kTileTokens) + ceil_of(tail, kTileTokens);
     }
     tiles = __reduce_add_sync(0xffffffffu, tiles);
-    return {max(p.least_tiles, ceil_of(tiles, p.pieces)) * kTileTokens};
+    return {max(p.least_tiles, ceil_of(tiles, p.pieces)) * kTileTokens, 0};
   }
 
   static __device__ __forceinline__ Span span(const Params& p, int request, int kv_head, int, int last_position) {

@@ -10,6 +10,7 @@
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 
@@ -31,26 +32,33 @@ __device__ __forceinline__ void let_next_kernel_start() {
 
 struct DeviceInfo {
   int device, multiprocessors, smem_optin;
-  bool hopper_or_later;  // clusters and dependent launch
-  bool hopper;           // wgmma
+  bool hopper_or_later;      // clusters and dependent launch
+  bool hopper;               // wgmma
+  int gigabytes_per_second;  // of device memory, by its clock and width
+  double memory_rate() const { return 1e9 * gigabytes_per_second; }
 };
 
 // Of the current device. Reads attributes only: legal while a stream is captured.
 inline DeviceInfo device_info() {
   constexpr int kMaxDevices = 64;
-  static std::atomic<uint64_t> cache[kMaxDevices];  // multiprocessors | smem << 16 | major << 48; 0: not read yet
+  // multiprocessors | smem << 16 | major << 40 | rate << 48; 0: not read yet
+  static std::atomic<uint64_t> cache[kMaxDevices];
   int device = 0;
   VC_CUDA_CHECK(cudaGetDevice(&device));
   uint64_t packed = device < kMaxDevices ? cache[device].load(std::memory_order_relaxed) : 0;
   if (packed == 0) {
-    int sms = 0, smem = 0, major = 0;
+    int sms = 0, smem = 0, major = 0, kilohertz = 0, bits = 0;
     VC_CUDA_CHECK(cudaDeviceGetAttribute(&sms, cudaDevAttrMultiProcessorCount, device));
     VC_CUDA_CHECK(cudaDeviceGetAttribute(&smem, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     VC_CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    packed = uint64_t(sms) | uint64_t(smem) << 16 | uint64_t(major) << 48;
+    VC_CUDA_CHECK(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device));
+    VC_CUDA_CHECK(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device));
+    const uint64_t rate = std::min<uint64_t>(uint64_t(kilohertz) * 2 * (bits / 8) / 1000000, 0xffff);  // two a clock
+    packed = uint64_t(sms) | uint64_t(smem) << 16 | uint64_t(major) << 40 | rate << 48;
     if (device < kMaxDevices) cache[device].store(packed, std::memory_order_relaxed);
   }
-  return {device, int(packed & 0xffff), int(packed >> 16 & 0xffffffff), packed >> 48 >= 9, packed >> 48 == 9};
+  const int major = int(packed >> 40 & 0xff);
+  return {device, int(packed & 0xffff), int(packed >> 16 & 0xffffff), major >= 9, major == 9, int(packed >> 48)};
 }
 
 // Raises a kernel's dynamic shared memory limit to what the device and its static shared memory leave, once a device.

@@ -78,7 +78,12 @@ template <class Keys, class Shape>
 void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, cudaStream_t stream) {
   constexpr auto kernel = warpgroup_attention_kernel<Keys, Shape>;
   const DeviceInfo info = device_info();
-  const size_t smem = WarpgroupSmem<Shape>::template bytes<Keys>(p.requests, p.kv_heads);
+  const auto smem_of = [&](int slots) {
+    return WarpgroupSmem<Shape>::template bytes<Keys>(slots, p.requests, p.kv_heads);
+  };
+  int slots = Shape::slots(info);
+  while (slots > Shape::kFewestSlots && smem_of(slots) > size_t(info.smem_optin)) slots -= 2;
+  const size_t smem = smem_of(slots);
   VC_CHECK(aligned16(p.q) && p.q_stride_row % 8 == 0 && p.q_stride_head % 8 == 0, "q has strides ", p.q_stride_row,
            ", ", p.q_stride_head, " elements or starts off a multiple of 16 bytes; make it contiguous.");
   VC_CHECK(smem <= size_t(info.smem_optin), p.requests,
@@ -104,7 +109,7 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
   allow_all_smem<kernel>(info);
   launch(
       kernel, {dim3(grid), dim3(Shape::kThreads), smem}, info, stream,
-      WarpgroupArgs<Keys>{p, partial, reinterpret_cast<TaggedCounter*>(partial.ml + states), max_splits,
+      WarpgroupArgs<Keys>{p, partial, reinterpret_cast<TaggedCounter*>(partial.ml + states), max_splits, slots,
                           boxes_of_tiles ? kTileTokens : kGranuleTokens, fits ? kDropFirst : kDropAsUsual,
                           fits ? kDropLast : kDropAsUsual, q_boxes, maps[boxes_of_tiles], q_maps[q_boxes ? group : 0]});
   launch_merge<Shape::kHeadDim>(RowSplits<Keys>{p, max_splits}, max_splits, p.rows, p.q_heads, partial, p.out, info,

@@ -23,10 +23,17 @@ struct WarpgroupShape {
   static constexpr int kThreads = 32 * (kConsumerWarps + kProducerWarps);
   static constexpr int kParts = kHeadDim / 64, kGroupBytes = kParts * 1024;  // group: of 8 tokens
   static constexpr int kSlotBytes = kTileTokens / 8 * kGroupBytes;
-  // Memory reads slower the more is asked of it beyond what it takes to keep it busy (64 KB a multiprocessor on an
-  // H100); two warpgroups, which hold a slot longer, need more.
-  static constexpr int kSlots = (kWarpgroups == 2 ? 160 : 128) * 1024 / kSlotBytes;
-  static_assert(kSlots % 2 == 0);  // K in even slots, V in odd ones
+
+  // Slots of the ring: K in even ones, V in odd ones. Memory reads slower the more is asked of it beyond what it takes
+  // to keep it busy, so 8 rows ask for what comes in 5 us at its full rate: 128 KB on an H100, 192 on an H200. More
+  // rows, which hold a slot longer, were measured on an H100 only.
+  static constexpr int kFewestSlots = 4, kMostSlots = (kRows == 8 ? 192 : kRows == 64 ? 128 : 160) * 1024 / kSlotBytes;
+  static_assert(kMostSlots % 2 == 0);
+  static int slots(const DeviceInfo& info) {
+    const double bytes = 5e-6 * info.memory_rate() / info.multiprocessors;
+    const int pairs = int(bytes / (2 * kSlotBytes) + 0.5);
+    return kRows == 8 ? std::clamp(2 * pairs, kFewestSlots, kMostSlots) : kMostSlots;
+  }
   // Registers a thread at the start are those of 384 threads a multiprocessor, so that the merge's blocks find room
   // beside a block with one warpgroup.
   static constexpr int kBoundThreads = 384;
@@ -39,6 +46,7 @@ struct WarpgroupArgs {
   PartialStates partial;  // state (row, head, split) at index (row * q_heads + head) * max_splits + split
   TaggedCounter* work;    // items handed out beyond the first of each block; block 0 sets it
   int max_splits;
+  int slots;                         // of the ring
   int box_rows;                      // tokens of a box of `map`: kTileTokens or kGranuleTokens
   uint64_t kv_policy, state_policy;  // of l2_policy.cuh
   bool q_boxes;                      // q comes in boxes of q_map: one part of the rows of a KV head's query heads
@@ -58,17 +66,19 @@ struct ItemRecord {
 
 template <class Shape>
 struct WarpgroupSmem {
-  static constexpr int kQ = Shape::kSlots * Shape::kSlotBytes;  // the ring comes first
+  static constexpr int kQ = 0;
   static constexpr int kPositions = kQ + Shape::kQRows * Shape::kHeadDim * 2;
   static constexpr int kFull = kPositions + Shape::kQRows * int(sizeof(int));
-  static constexpr int kEmpty = kFull + Shape::kSlots * 8;
-  static constexpr int kQFull = kEmpty + Shape::kSlots * 8, kQEmpty = kQFull + 8;
+  static constexpr int kEmpty = kFull + Shape::kMostSlots * 8;
+  static constexpr int kQFull = kEmpty + Shape::kMostSlots * 8, kQEmpty = kQFull + 8;
   static constexpr int kItems = (kQEmpty + 8 + 15) / 16 * 16;
-  static constexpr int kSchedule = (kItems + 2 * int(sizeof(ItemRecord)) + 15) / 16 * 16;
+  static constexpr int kRing = (kItems + 2 * int(sizeof(ItemRecord)) + 1023) / 1024 * 1024;
 
+  // The schedule lies behind the ring.
+  static __host__ __device__ int schedule(int slots) { return kRing + slots * Shape::kSlotBytes; }
   template <class Keys>
-  static size_t bytes(int requests, int kv_heads) {
-    return kSchedule + Schedule<Keys>::bytes(requests, kv_heads) + 1024;  // the ring begins at a multiple of 1024
+  static size_t bytes(int slots, int requests, int kv_heads) {
+    return schedule(slots) + Schedule<Keys>::bytes(requests, kv_heads) + 1024;  // it all begins at a multiple of 1024
   }
 };
 
@@ -89,11 +99,11 @@ struct WarpgroupBlock {
     empty = base + Smem::kEmpty;
     records = reinterpret_cast<volatile ItemRecord*>(smem + Smem::kItems);
     positions = reinterpret_cast<const volatile int*>(smem + Smem::kPositions);
-    schedule.place(smem + Smem::kSchedule, a.p.requests, a.p.kv_heads);
+    schedule.place(smem + Smem::schedule(a.slots), a.p.requests, a.p.kv_heads);
   }
 
   __device__ void init_barriers() const {
-    if (threadIdx.x < Shape::kSlots) {
+    if (int(threadIdx.x) < args.slots) {
       mbarrier_init(full + 8 * threadIdx.x, 1);
       mbarrier_init(empty + 8 * threadIdx.x, Shape::kConsumerWarps);
     }
@@ -115,6 +125,9 @@ struct WarpgroupBlock {
   __device__ void consume(int warp) const;
 
  private:
+  __device__ __forceinline__ uint32_t slot_address(int slot) const {
+    return base + uint32_t(Smem::kRing + slot * Shape::kSlotBytes);
+  }
   __device__ int split_begin(int split) const { return schedule.splits().begin(split); }
   __device__ int first_token(const WorkItem& work, const Span& span) const {
     return max(split_begin(work.split), span.lo / kTileTokens * kTileTokens);

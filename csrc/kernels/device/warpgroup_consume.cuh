@@ -137,7 +137,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
   };
 
   const auto issue_scores = [&](int at) {
-    const uint32_t slot = wgmma_operand_low(base + uint32_t(at * Shape::kSlotBytes));
+    const uint32_t slot = wgmma_operand_low(slot_address(at));
     wgmma_begin();
     wgmma_n64k16<Shape::kGroupBytes, false, false>(s, q[0], slot);
 #pragma unroll
@@ -149,7 +149,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
   using Weights = uint32_t[kTileTokens / 16][4];
   const auto issue_sums = [&](int at, const Weights& weights) {
     constexpr uint32_t kSixteenTokens = 2 * Shape::kGroupBytes / 16;
-    const uint32_t address = base + uint32_t(at * Shape::kSlotBytes);
+    const uint32_t address = slot_address(at);
     wgmma_begin();
 #pragma unroll
     for (int k16 = 0; k16 < kTileTokens / 16; ++k16) {
@@ -234,7 +234,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
         for (int part = 0; part < 2; ++part) {
           mbarrier_wait(full + 8 * ring.slot, ring.parity);
           release(ring.slot);
-          ring.next(Shape::kSlots);
+          ring.next(args.slots);
         }
       }
       continue;
@@ -261,7 +261,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     const auto weigh_scores = [&]() {
       wgmma_settle(s);
       release(ring.slot);
-      ring.next(Shape::kSlots);
+      ring.next(args.slots);
       if (idle)
         rescale[0] = rescale[1] = 1.f;
       else
@@ -279,7 +279,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
       take_weights();
       summed = ring.slot;
       const uint32_t sums_parity = ring.parity;
-      ring.next(Shape::kSlots);
+      ring.next(args.slots);
       mbarrier_wait(full + 8 * ring.slot, ring.parity);
       if (kTakeTurns) mbarrier_wait(full + 8 * summed, sums_parity);  // no waiting for data in one's turn
       take_turn();
@@ -294,7 +294,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::consume(int warp) const {
     take_weights();
     summed = ring.slot;
     mbarrier_wait(full + 8 * summed, ring.parity);
-    ring.next(Shape::kSlots);
+    ring.next(args.slots);
     take_turn();
     issue_sums(summed, weights);
     pass_turn();

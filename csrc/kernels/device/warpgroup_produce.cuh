@@ -53,7 +53,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
     const int settled_tokens = p.cache_settled ? Keys::settled_end(span, schedule.first_pos[work.request]) - token0 : 0;
     const int settled = max(settled_tokens, 0) / kTileTokens;
     // While the kernel before runs, as many tiles as the ring takes come first.
-    const int tiles_before_q = min(waited ? 1 : Shape::kSlots / 2, tiles);
+    const int tiles_before_q = min(waited ? 1 : args.slots / 2, tiles);
     const int claim_at = max(tiles - kClaim, tiles_before_q), look_up_at = max(tiles - kLookUp, tiles_before_q);
     TaggedCounter ticket = 0;
     Plan next{};
@@ -105,7 +105,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
 #pragma unroll
         for (int part = 0; part < 2; ++part) {  // K, then V
           mbarrier_wait(empty + 8 * ring.slot, ring.parity ^ 1);
-          const uint32_t slot = base + uint32_t(ring.slot * Shape::kSlotBytes), barrier = full + 8 * ring.slot;
+          const uint32_t slot = slot_address(ring.slot), barrier = full + 8 * ring.slot;
           if (!whole) copy_part_of_tile(work, span, token0 + tile * kTileTokens, part, slot);
           if (lane == 0) {
             if (whole)
@@ -117,7 +117,7 @@ __device__ void WarpgroupBlock<Keys, Shape>::produce() const {
           if (whole && lane < boxes)
             copy_tokens(slot + uint32_t(lane * (kGranuleTokens / 8 * Shape::kGroupBytes)), args.map, {rows[part], high},
                         barrier, args.kv_policy);
-          ring.next(Shape::kSlots);
+          ring.next(args.slots);
         }
       }
     }
