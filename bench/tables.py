@@ -165,9 +165,9 @@ WRITERS: dict[str, Callable[[dict[str, Any]], str]] = {
     "engine-exactness-gpu.json": engine_exactness,
     "engine-8b-shape-gpu.json": engine_shape,
     "engine-8b-qk-norm-shape-gpu.json": engine_shape,
-    "gpu-kernels-h200.json": kernels,
+    "gpu-kernels-h100.json": kernels,
     "decode-step.json": decode_step,
-    "decode-step-h200.json": decode_step,
+    "decode-step-h100.json": decode_step,
     "gpu-checks.json": gpu_checks,
 }
 
