@@ -6,9 +6,10 @@
 //
 // Reduction order: as in those kernels, but free of R1. Few units (request, KV head) are cut into even pieces, one a
 // block, so the cuts depend on the lengths and rows of the whole batch, its table widths and the number of
-// multiprocessors; the same call gives the same bits, wherever the pages lie. With `as_full` the cuts are those of full
-// attention, hence the bits too where no head has dropped a token and tails begin at multiples of a tile: drafts of the
-// compressor `identity` are then never refused. Held by bench/gpu/attention_check.cu.
+// multiprocessors; many units into pieces of two lengths (KeptSplits::dealt), one by one from a counter. The same call
+// gives the same bits, wherever the pages lie. With `as_full` the cuts are those of full attention, hence the bits too
+// where no head has dropped a token and tails begin at multiples of a tile: drafts of the compressor `identity` are
+// then never refused. Held by bench/gpu/attention_check.cu.
 #include "device/element.cuh"
 #include "device/kept_single.cuh"
 #include "device/simple_attention.cuh"
