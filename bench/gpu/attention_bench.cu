@@ -147,7 +147,7 @@ class Bench {
 
   void time(const std::string& name, double bytes, int sets, const std::function<void(int, cudaStream_t)>& call) {
     if (name.find(only_) == std::string::npos) return;
-    const int launches = std::max({sets, 4, int(double(kGraphBytes) / bytes + 1.0)});
+    const int launches = std::max(4, int(double(kGraphBytes) / bytes + 1.0));
     std::this_thread::sleep_for(kPause);
     const double us = time_graph(launches, kReplays, [&](int i, cudaStream_t s) { call(i % sets, s); });
     report_.time(name, us, bytes, bytes / memory_rate() * 1e6);

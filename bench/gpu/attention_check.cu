@@ -267,7 +267,7 @@ int main(int argc, char** argv) try {
     for (const int page : {16, 64, 256})
       for (const int rows : {1, 2}) check_kept(report, {8, 2, 128, page}, 1, rows);
     check_kept(report, {12, 2, 128, 32}, 1, 1);
-    check_kept(report, {8, 8, 128, 64}, 200, 1);  // so many units that the ring must be shorter
+    check_kept(report, {8, 8, 128, 64}, 200, 1);  // so many units that an H200's ring is shorter
     for (const int requests : {1, 3})
       for (const int rows : {1, 7}) check_kept(report, {32, 8, 128, 64}, requests, rows, Keep::kAll);
     check_kept(report, {8, 2, 64, 16});

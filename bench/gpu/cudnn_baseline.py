@@ -22,9 +22,14 @@ GRAPH_BYTES = 4 << 30  # that calls of a graph read, at least, and
 PAUSE_S = 0.2  # before each timing: as in attention_bench.cu
 
 
+def kv_bytes(batch: int, tokens: int) -> int:
+    """Bytes of K and V in bfloat16."""
+    return 4 * batch * KV_HEADS * tokens * HEAD_DIM
+
+
 def time_us(batch: int, tokens: int, rows: int) -> float:
     """Median time of one call in microseconds; `rows` query rows a request, without a causal mask among them."""
-    sets = max(1, -(-PAST_L2 // (4 * batch * KV_HEADS * tokens * HEAD_DIM)))
+    sets = max(1, -(-PAST_L2 // kv_bytes(batch, tokens)))
     shape = (batch, KV_HEADS, tokens, HEAD_DIM)
     keys = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
     values = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(sets)]
@@ -33,7 +38,7 @@ def time_us(batch: int, tokens: int, rows: int) -> float:
     def work(i: int) -> None:
         scaled_dot_product_attention(q, keys[i % sets], values[i % sets], enable_gqa=True)
 
-    launches = max(sets, 4, GRAPH_BYTES // (4 * batch * KV_HEADS * tokens * HEAD_DIM) + 1)
+    launches = max(4, GRAPH_BYTES // kv_bytes(batch, tokens) + 1)
     time.sleep(PAUSE_S)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION), torch.inference_mode():
         return graph_us(work, launches)
@@ -44,7 +49,7 @@ def main() -> None:
     for batch, tokens in SHAPES:
         for rows in (1, 32) if tokens == 32768 else (1,):
             us = time_us(batch, tokens, rows)
-            size = 4 * batch * KV_HEADS * tokens * HEAD_DIM
+            size = kv_bytes(batch, tokens)
             name = f"cudnn {rows} rows {batch}x{tokens // 1024}K"
             results.append({"name": name, "us": us, "gb_s": size / us * 1e-3})
             print(f"{name:<24} {us:9.2f} us  {size / us * 1e-3:7.1f} GB/s", flush=True)

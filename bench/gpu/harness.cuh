@@ -17,6 +17,7 @@
 
 #include "common/cuda_check.h"
 #include "common/types.h"
+#include "kernels/device/launch.cuh"
 
 namespace vericache::bench {
 
@@ -165,13 +166,7 @@ inline double time_graph(int launches, int replays, const std::function<void(int
 }
 
 // Bytes a second of device memory by its clock and width, two transfers a clock: nothing can be faster.
-inline double memory_rate() {
-  int device = 0, kilohertz = 0, bits = 0;
-  VC_CUDA_CHECK(cudaGetDevice(&device));
-  VC_CUDA_CHECK(cudaDeviceGetAttribute(&kilohertz, cudaDevAttrMemoryClockRate, device));
-  VC_CUDA_CHECK(cudaDeviceGetAttribute(&bits, cudaDevAttrGlobalMemoryBusWidth, device));
-  return 2e3 * kilohertz * bits / 8;
-}
+inline double memory_rate() { return cuda::device_info().memory_rate(); }
 
 // Results: a line on stdout each; JSON objects to a file.
 class Report {
