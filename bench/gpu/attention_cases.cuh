@@ -16,10 +16,11 @@ using Element = __nv_bfloat16;
 
 struct Heads {
   int q_heads, kv_heads, head_dim, page_size;
+  float sharpness = 1.f;  // a factor of all scores
   size_t page_bytes() const { return size_t(2) * kv_heads * page_size * head_dim * 2; }
   size_t head_page_bytes() const { return size_t(2) * page_size * head_dim * 2; }
   size_t q_row() const { return size_t(q_heads) * head_dim; }
-  float scale() const { return 1.f / std::sqrt(float(head_dim)); }
+  float scale() const { return sharpness / std::sqrt(float(head_dim)); }
 };
 
 // Makes a key half as long or twice as long in each channel: for controls, which must notice it. One channel alone can
@@ -71,7 +72,7 @@ static __global__ void reference_attention(const Element* q, const float* k, con
     const float* own_k = k + (int64_t(tokens[i]) * h.kv_heads + kv) * h.head_dim;
     double sum = 0;
     for (int d = 0; d < h.head_dim; ++d) sum += double(float(own_q[d])) * own_k[d];
-    s[i] = sum / sqrt(double(h.head_dim));
+    s[i] = sum * h.sharpness / sqrt(double(h.head_dim));
   }
   __syncthreads();
   if (threadIdx.x == 0) {

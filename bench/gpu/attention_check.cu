@@ -25,7 +25,8 @@ std::vector<int> range(int lo, int hi) {
 }
 
 std::string shape_name(const char* op, const Heads& h) {
-  return text(op, " ", h.q_heads, "/", h.kv_heads, " D", h.head_dim, " page ", h.page_size);
+  const std::string name = text(op, " ", h.q_heads, "/", h.kv_heads, " D", h.head_dim, " page ", h.page_size);
+  return h.sharpness == 1.f ? name : text(name, " scores x", h.sharpness);
 }
 
 void check_full(Report& report, Heads h, int window, int tokens, bool quick = false) {
@@ -267,6 +268,8 @@ int main(int argc, char** argv) try {
     for (const int page : {16, 64, 256})
       for (const int rows : {1, 2}) check_kept(report, {8, 2, 128, page}, 1, rows);
     check_kept(report, {12, 2, 128, 32}, 1, 1);
+    // The largest score so far rises by more than a weight may exceed one.
+    check_kept(report, {32, 8, 128, 64, 6.f}, 1, 1);
     check_kept(report, {8, 8, 128, 64}, 200, 1);  // so many units that an H200's ring is shorter
     for (const int requests : {1, 3})
       for (const int rows : {1, 7}) check_kept(report, {32, 8, 128, 64}, requests, rows, Keep::kAll);

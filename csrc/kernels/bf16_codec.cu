@@ -11,6 +11,7 @@
 
 #include "device/element.cuh"
 #include "device/launch.cuh"
+#include "device/reduce.cuh"
 #include "launchers.h"
 
 namespace vericache::cuda {
@@ -103,17 +104,11 @@ __global__ void __launch_bounds__(kLanes)
         code[j / 8] |= c << (4 * (j % 8 / 2) + 16 * (j % 2));
         escaped |= uint32_t(c == kEscape) << j;
       }
-      const int own = __popc(escaped);
-      before = own;  // inclusive scan over the warp
-#pragma unroll
-      for (int step = 1; step < 32; step *= 2) {
-        const int other = __shfl_up_sync(0xffffffffu, before, step);
-        if (lane % 32 >= step) before += other;
-      }
-      if (lane % 32 == 31) warp_count[warp] = before;
+      int all;
+      before = warp_sum_before(__popc(escaped), lane % 32, all);
+      if (lane % 32 == 0) warp_count[warp] = all;
       __syncthreads();
       count = 0;
-      before -= own;
 #pragma unroll
       for (int w = 0; w < kWarps; ++w) {
         if (w < warp) before += warp_count[w];

@@ -64,7 +64,7 @@ void launch_for(const KeptParams& p, cudaStream_t stream) {
   const DeviceInfo info = device_info();
   if (info.hopper) {
     if constexpr (kHeadDim == 128) {
-      if (takes_kept_single(p, info)) return launch_kept_single<KeptSingleShape<kHeadDim, 12, 4>>(p, info, stream);
+      if (takes_kept_single(p, info)) return launch_kept_single<KeptSingleShape<kHeadDim, 11, 4>>(p, info, stream);
     }
     if (item_rows <= 8 * int64_t(p.requests))
       launch_warpgroup_attention<KeptKeys, WarpgroupShape<kHeadDim, 8>>(p, p.max_splits, stream);

@@ -101,7 +101,9 @@ __global__ void __launch_bounds__(32 * Shape::kWarps, 1)
       state.deposit(o, reinterpret_cast<float2*>(o + Shape::kItemRows * Shape::kHeadDim), lane);
     }
     __syncthreads();  // deposits are there
-    merge_deposits<Shape>(p, args.states, unit, deposits, Shape::kStateBytes, turns(from - begin, to - from, warps));
+    const uint32_t present = turns(from - begin, to - from, warps);
+    merge_deposits<Shape>(p, args.states, unit, deposits, Shape::kStateBytes,
+                          [&](int w) { return (present >> w & 1) != 0; });
     from = to;
     if (from < end) {
       at.seek(line, p, from);

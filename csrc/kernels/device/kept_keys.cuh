@@ -102,7 +102,7 @@ struct KeptKeys {
     const int64_t* pages = kept ? p.kept_table + request * p.kept_stride_request + kv_head * p.kept_stride_head
                                 : p.tail_table + request * p.tail_stride_request;
     const int64_t row = int64_t(kept ? 0 : kv_head) * p.page_size + (at & (p.page_size - 1));
-    return {reinterpret_cast<const char*>(pages[at / p.page_size]) + row * p.head_dim * bytes,
+    return {reinterpret_cast<const char*>(pages[at >> (31 - __clz(p.page_size))]) + row * p.head_dim * bytes,
             v_offset(p, s, token, bytes)};
   }
   static __device__ __forceinline__ Granule granule(const Params& p, const Span& s, int request, int kv_head,

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // What one warp of kept_single.cuh sums up over its tiles, with mma m16n8k16. Keys and channels take the 16-wide side
 // of the mma, item rows its 8-wide side: scores are s[key][row], outputs o[channel][row]; movmatrix turns the weights
-// from one into the other.
+// from one into the other. Weights are 2^(x - reference); as in quant_state.cuh the reference is raised to the running
+// maximum only when a weight would exceed 2^kSlack, which saves lanes an exchange a tile.
 //
 // Lane (g, t) = (lane / 4, lane % 4).
 #pragma once
@@ -13,18 +14,24 @@
 
 namespace vericache::cuda {
 
-// kHalves: of a warp's ring.
+// kWarps: that work on tiles. kHalves: of a warp's ring.
 template <int kHeadDim_, int kWarps_, int kHalves_>
 struct KeptSingleShape {
   static constexpr int kHeadDim = kHeadDim_, kWarps = kWarps_, kHalves = kHalves_;
   static constexpr int kItemRows = 8, kTokens = kGranuleTokens, kSteps = kHeadDim / 16;
   static constexpr int kRowBytes = kHeadDim * 2, kHalfBytes = kTokens * kRowBytes;
-  static constexpr int kBytes = kHalves * kHalfBytes;  // of a warp's ring
+  static constexpr int kBytes = kHalves * kHalfBytes;                                     // of a warp's ring
+  static constexpr int kQuery = kWarps * kBytes, kSmem = kQuery + kItemRows * kRowBytes;  // q lies behind the rings
   // A state that a warp leaves: rows of o, padded so that banks differ, then m and l of each row.
   static constexpr int kStateRow = kHeadDim + 4, kStateBytes = kItemRows * (kStateRow * 4 + 8);
-  static_assert(kHeadDim == 128);                // a warp holds a row's channels, four a lane
-  static_assert(kWarps * kBytes <= 227 * 1024);  // what a block may have
+  static_assert(kHeadDim == 128);      // a warp holds a row's channels, four a lane
+  static_assert(kSmem <= 227 * 1024);  // what a block may have
   static_assert(kStateBytes <= kBytes && kHalves >= 2);
+
+  // Where 16-byte chunk `chunk` of a row lies.
+  static __device__ __forceinline__ uint32_t place(uint32_t base, int row, int chunk) {
+    return swizzled(base, row, kRowBytes, chunk);
+  }
 
   // By one warp: a half whose first `valid` rows may be read, from `from` on.
   static __device__ __forceinline__ void copy_half(const char* from, uint32_t to, int valid, int lane) {
@@ -33,11 +40,11 @@ struct KeptSingleShape {
 #pragma unroll
     for (int i = 0; i < kTokens / kRowsAtOnce; ++i) {
       const int row = lane / kRowChunks + i * kRowsAtOnce;
-      const uint32_t place = swizzled(to, row, kRowBytes, lane % kRowChunks);
+      const uint32_t at = place(to, row, lane % kRowChunks);
       if (valid >= kTokens)
-        cp_async16_once(place, from + i * 512);
+        cp_async16_once(at, from + i * 512);
       else  // zeros where nothing may be read
-        cp_async16(place, from + i * 512, row < valid);
+        cp_async16(at, from + i * 512, row < valid);
     }
   }
 };
@@ -45,61 +52,77 @@ struct KeptSingleShape {
 // What one warp sums up. Columns of an mma are item rows, its rows keys or channels.
 template <class Shape>
 struct KeptState {
+  static constexpr int kSlack = 8;  // a weight is at most 2^kSlack
+
   uint32_t q[Shape::kSteps][2];
   float o[Shape::kSteps][4];  // channels 16 n + g and, from 2 on, 16 n + 8 + g of columns 2t, 2t + 1
   float l[2];                 // of columns 2t, 2t + 1: this lane's share
-  RunningMax m[2];
+  float reference[2];         // of these columns; log2 units
 
-  // `q_row`: q of the item row that column g stands for, or null if there is none.
-  __device__ void start(const uint16_t* q_row, int lane) {
-    const int t = lane % 4;
+  // `query`: q in shared memory.
+  __device__ void start(uint32_t query, int lane) {
+#pragma unroll
+    for (int n = 0; n < Shape::kSteps; n += 2) {
+      uint32_t r[4];
+      ldmatrix_x4(r, Shape::place(query, lane % 8, n * 2 + lane / 8));
+      q[n][0] = r[0], q[n][1] = r[1], q[n + 1][0] = r[2], q[n + 1][1] = r[3];
+    }
 #pragma unroll
     for (int n = 0; n < Shape::kSteps; ++n) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half)
-        q[n][half] = q_row != nullptr ? *reinterpret_cast<const uint32_t*>(q_row + n * 16 + half * 8 + t * 2) : 0u;
 #pragma unroll
       for (int e = 0; e < 4; ++e) o[n][e] = 0.f;
     }
 #pragma unroll
-    for (int r = 0; r < 2; ++r) l[r] = 0.f, m[r].raw = negative_infinity();
+    for (int r = 0; r < 2; ++r) l[r] = 0.f, reference[r] = negative_infinity();
   }
 
   // A tile's keys to weights. Of the tile's tokens columns 2t, 2t + 1 see the first seen[0], seen[1].
   __device__ __forceinline__ void keys(uint32_t tile, float c, int lane, const int (&seen)[2], uint32_t (&weights)[2]) {
     const int g = lane / 4, row = lane / 8 % 2 * 8 + lane % 8;
-    float s[4] = {};
+    float even[4] = {}, odd[4] = {};  // two sums, for an mma waits for the one whose sum it goes on with
 #pragma unroll
     for (int n = 0; n < Shape::kSteps; ++n) {
       uint32_t a[4];
-      ldmatrix_x4(a, swizzled(tile, row, Shape::kRowBytes, n * 2 + lane / 16));
-      mma_m16n8k16(s, a, q[n][0], q[n][1]);
+      ldmatrix_x4(a, Shape::place(tile, row, n * 2 + lane / 16));
+      mma_m16n8k16(n % 2 == 0 ? even : odd, a, q[n][0], q[n][1]);
     }
-    float rescale[2];
+    float x[4];
 #pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      float x = negative_infinity();
+    for (int e = 0; e < 4; ++e) x[e] = g + e / 2 * 8 < seen[e % 2] ? (even[e] + odd[e]) * c : negative_infinity();
+    float w[4];
+    uint32_t packed[2];
+    const auto weigh = [&](const float (&from)[2]) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        if (g + half * 8 >= seen[r]) s[half * 2 + r] = negative_infinity();
-        x = fmaxf(x, s[half * 2 + r]);
+      for (int e = 0; e < 4; ++e) w[e] = fast_exp2(x[e] - from[e % 2]);
+      packed[0] = pack_bf16(w[0], w[1]), packed[1] = pack_bf16(w[2], w[3]);
+    };
+    weigh(reference);
+    // Positive floats compare as integers; infinities and NaN, which the first tile gives, are above.
+    constexpr uint32_t kLimit = uint32_t(127 + kSlack) << 7;
+    const uint32_t most = max_bf16x2(packed[0], packed[1]);
+    if (__any_sync(0xffffffffu, (most & 0x7fffu) > kLimit || (most >> 16 & 0x7fffu) > kLimit)) {
+      float next[2], rescale[2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) {
+        float largest = fmaxf(x[r], x[r + 2]);
+#pragma unroll
+        for (int step = 4; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+        largest = fmaxf(largest, reference[r]);
+        next[r] = largest == negative_infinity() ? 0.f : largest;
+        rescale[r] = fast_exp2(reference[r] - next[r]);
+        reference[r] = largest;
+        l[r] *= rescale[r];
       }
-#pragma unroll
-      for (int step = 4; step < 32; step *= 2) x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
-      rescale[r] = m[r].update(x, c);
-      const float reference = m[r].reference(c);
-      s[r] = softmax_weight(s[r], c, reference);
-      s[r + 2] = softmax_weight(s[r + 2], c, reference);
-      l[r] = __fmaf_rn(l[r], rescale[r], __fadd_rn(s[r], s[r + 2]));
-    }
-    if (__any_sync(0xffffffffu, rescale[0] != 1.f || rescale[1] != 1.f)) {
 #pragma unroll
       for (int n = 0; n < Shape::kSteps; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) o[n][e] = __fmul_rn(o[n][e], rescale[e % 2]);
+        for (int e = 0; e < 4; ++e) o[n][e] *= rescale[e % 2];
+      weigh(next);
     }
 #pragma unroll
-    for (int half = 0; half < 2; ++half) weights[half] = movmatrix_trans(pack_bf16(s[half * 2], s[half * 2 + 1]));
+    for (int r = 0; r < 2; ++r) l[r] += w[r] + w[r + 2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) weights[half] = movmatrix_trans(packed[half]);
   }
 
   __device__ __forceinline__ void values(uint32_t tile, int lane, const uint32_t (&weights)[2]) {
@@ -107,13 +130,13 @@ struct KeptState {
 #pragma unroll
     for (int n = 0; n < Shape::kSteps; ++n) {
       uint32_t a[4];
-      ldmatrix_x4_trans(a, swizzled(tile, token, Shape::kRowBytes, n * 2 + lane / 8 % 2));
+      ldmatrix_x4_trans(a, Shape::place(tile, token, n * 2 + lane / 8 % 2));
       mma_m16n8k16(o[n], a, weights[0], weights[1]);
     }
   }
 
   // Leaves the state in shared memory.
-  __device__ void deposit(unsigned char* to, float c, int lane) const {
+  __device__ void deposit(unsigned char* to, int lane) const {
     const int g = lane / 4, t = lane % 4;
     auto* to_o = reinterpret_cast<float*>(to);
     auto* to_ml = reinterpret_cast<float2*>(to_o + Shape::kItemRows * Shape::kStateRow);
@@ -125,8 +148,8 @@ struct KeptState {
     for (int r = 0; r < 2; ++r) {
       float sum = l[r];
 #pragma unroll
-      for (int step = 4; step < 32; step *= 2) sum = __fadd_rn(sum, __shfl_xor_sync(0xffffffffu, sum, step));
-      if (g == 0) to_ml[t * 2 + r] = make_float2(m[r].stored(c), sum);
+      for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+      if (g == 0) to_ml[t * 2 + r] = make_float2(reference[r], sum);
     }
   }
 };

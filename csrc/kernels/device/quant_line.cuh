@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "common/params.h"
+#include "reduce.cuh"
 
 namespace vericache::cuda {
 
@@ -81,17 +82,15 @@ inline __device__ void QuantLine::build(const QuantAttentionParams& p, int item_
         own_units = (rows + item_rows - 1) / item_rows * p.kv_heads;
         own_tiles = own_units * tiles[r];
       }
-      int sum_units = own_units, sum_tiles = own_tiles;
-      for (int step = 1; step < 32; step *= 2) {
-        const int u = __shfl_up_sync(0xffffffffu, sum_units, step), n = __shfl_up_sync(0xffffffffu, sum_tiles, step);
-        if (lane >= step) sum_units += u, sum_tiles += n;
-      }
+      int all_units, all_tiles;
+      const int units = warp_sum_before(own_units, lane, all_units);
+      const int before = warp_sum_before(own_tiles, lane, all_tiles);
       if (r <= requests) {
-        first_unit[r] = units_before + sum_units - own_units;
-        first_tile[r] = tiles_before + sum_tiles - own_tiles;
+        first_unit[r] = units_before + units;
+        first_tile[r] = tiles_before + before;
       }
-      units_before += __shfl_sync(0xffffffffu, sum_units, 31);
-      tiles_before += __shfl_sync(0xffffffffu, sum_tiles, 31);
+      units_before += all_units;
+      tiles_before += all_tiles;
     }
   }
   __syncthreads();

@@ -101,12 +101,13 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
     }
     auto* o = reinterpret_cast<float*>(smem + warp * Shape::kRingBytes);
     state.deposit(o, reinterpret_cast<float2*>(o + Shape::kItemRows * Shape::kHeadDim), lane);
+  } else {
+    deposit_nothing<typename Shape::Tile>(smem + warp * Shape::kRingBytes, lane);
   }
   __syncthreads();  // deposits are there
   QuantUnit part{};
   part.rows = min(Shape::kItemRows, items - first_item);
-  merge_deposits<typename Shape::Tile>(p, args.states, part, smem, Shape::kRingBytes,
-                                       (1u << min(end - begin, kWarps)) - 1);
+  merge_deposits<typename Shape::Tile>(p, args.states, part, smem, Shape::kRingBytes, [](int) { return true; });
 #else
   __trap();  // never launched elsewhere
 #endif

@@ -12,6 +12,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "reduce.cuh"
+
 namespace vericache::cuda {
 
 inline constexpr int kTileTokens = 64;
@@ -152,13 +154,9 @@ struct Schedule {
       int so_far = 0;
       for (int u = lane; u - lane < u_count; u += 32) {
         const int own = u < u_count ? counts[u] : 0;
-        int sum = own;
-        for (int step = 1; step < 32; step *= 2) {
-          const int other = __shfl_up_sync(0xffffffffu, sum, step);
-          if (lane >= step) sum += other;
-        }
-        if (u < u_count) counts[u] = so_far + sum - own;
-        so_far += __shfl_sync(0xffffffffu, sum, 31);
+        int all, before = warp_sum_before(own, lane, all);
+        if (u < u_count) counts[u] = so_far + before;
+        so_far += all;
       }
       if (lane == 0) counts[u_count] = so_far;
     }

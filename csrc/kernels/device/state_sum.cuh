@@ -30,6 +30,21 @@ struct StateSum {
   static __device__ __forceinline__ float weight_of(float own, float largest) {
     return own == negative_infinity() ? 0.f : fast_exp2(own - largest);
   }
+  // Through shared memory: the channels of all lanes, then reference and l.
+  __device__ __forceinline__ void store_shared(float* to, int lane) const {
+    static_assert(kChannels == 4);
+    reinterpret_cast<float4*>(to)[lane] = {o[0], o[1], o[2], o[3]};
+    if (lane == 0) *reinterpret_cast<float2*>(to + 32 * kChannels) = make_float2(reference, l);
+  }
+  __device__ __forceinline__ void add_shared(const float* from, int lane) {
+    static_assert(kChannels == 4);
+    const float2 ml = *reinterpret_cast<const float2*>(from + 32 * kChannels);
+    const float4 other = reinterpret_cast<const float4*>(from)[lane];
+    raise(fmaxf(reference, ml.x));
+    const float weight = weight_of(ml.x, reference);
+    l = fmaf(ml.y, weight, l);
+    add({other.x, other.y, other.z, other.w}, weight);
+  }
   __device__ __forceinline__ void store_normalized(uint16_t* to) const {
     static_assert(kChannels == 4 || kChannels == 2);
     const float by = l > 0.f || l != l ? 1.f / l : 0.f;
@@ -58,12 +73,21 @@ __device__ __forceinline__ void load_channels(float (&to)[kChannels], const floa
   for (int j = 0; j < kChannels; ++j) to[j] = __uint_as_float(words[j]);
 }
 
-// Of a row's states that the warps in `present` have left in shared memory, `apart` bytes from warp to warp: channels
-// 4 piece .. of their sum. Each is kItemRows rows of o, kStateRow floats apart, then m and l of each row.
+// A state that a warp leaves in shared memory: kItemRows rows of o, kStateRow floats apart, then m and l of each row.
+// By one warp: one of no keys.
 template <class Shape>
-__device__ __forceinline__ StateSum<4> sum_deposits(const unsigned char* deposits, int apart, uint32_t present, int row,
+__device__ __forceinline__ void deposit_nothing(unsigned char* to, int lane) {
+  auto* o = reinterpret_cast<float*>(to);
+  for (int i = lane; i < Shape::kItemRows * Shape::kStateRow; i += 32) o[i] = 0.f;
+  auto* ml = reinterpret_cast<float2*>(o + Shape::kItemRows * Shape::kStateRow);
+  if (lane < Shape::kItemRows) ml[lane] = make_float2(negative_infinity(), 0.f);
+}
+
+// Of a row's states that warps have left, `apart` bytes from warp to warp: channels 4 piece .. of their sum. has(w):
+// whether warp w has left one.
+template <class Shape, class Has>
+__device__ __forceinline__ StateSum<4> sum_deposits(const unsigned char* deposits, int apart, const Has& has, int row,
                                                     int piece) {
-  const auto has = [&](int w) { return (present >> w & 1) != 0; };
   const auto of_warp = [&](int w) { return reinterpret_cast<const float*>(deposits + w * apart); };
   // All loads first, and no branch: what a warp has not left is the state of no keys, whose -0 change no sum.
   StateSum<4> sum;
@@ -97,22 +121,56 @@ __device__ __forceinline__ StateSum<4> sum_deposits(const unsigned char* deposit
   return sum;
 }
 
-// Past the L1: for what other blocks, or another kernel, have written meanwhile.
-template <int kChannels>
+// The same where every warp has left one.
+template <class Shape>
+__device__ __forceinline__ StateSum<4> sum_deposits(const unsigned char* deposits, int apart, int row, int piece) {
+  return sum_deposits<Shape>(deposits, apart, [](int) { return true; }, row, piece);
+}
+
+// Past the L1: for what other blocks, or another kernel, have written meanwhile. kAgain: others may write it while it
+// is loaded again and again.
+template <bool kAgain>
+__device__ __forceinline__ void load_fresh(float2& to, const float2* from) {
+  if constexpr (kAgain)
+    asm volatile("ld.relaxed.gpu.global.v2.f32 {%0, %1}, [%2];" : "=f"(to.x), "=f"(to.y) : "l"(from) : "memory");
+  else
+    to = __ldcg(from);
+}
+template <bool kAgain, int kChannels>
 __device__ __forceinline__ void load_fresh(float (&to)[kChannels], const float* from) {
   if constexpr (kChannels == 4) {
-    const float4 x = __ldcg(reinterpret_cast<const float4*>(from));
+    float4 x;
+    if constexpr (kAgain)
+      asm volatile("ld.relaxed.gpu.global.v4.f32 {%0, %1, %2, %3}, [%4];"
+                   : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w)
+                   : "l"(from)
+                   : "memory");
+    else
+      x = __ldcg(reinterpret_cast<const float4*>(from));
     to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
   } else {
     static_assert(kChannels == 2);
-    const float2 x = __ldcg(reinterpret_cast<const float2*>(from));
+    float2 x;
+    load_fresh<kAgain>(x, reinterpret_cast<const float2*>(from));
     to[0] = x.x, to[1] = x.y;
   }
 }
 
+// What stands in a state until it is stored: a NaN that no arithmetic makes.
+inline constexpr uint32_t kMark = 0xffa5c3e1u;
+__device__ __forceinline__ bool is_mark(float x) { return __float_as_uint(x) == kMark; }
+// By one warp: marks state `at`.
+template <int kHeadDim>
+__device__ __forceinline__ void mark_state(const PartialStates& states, int64_t at, int lane) {
+  const float mark = __uint_as_float(kMark);
+  for (int i = lane; i < kHeadDim / 4; i += 32)
+    reinterpret_cast<float4*>(states.o + at * kHeadDim)[i] = {mark, mark, mark, mark};
+  if (lane == 0) states.ml[at] = make_float2(mark, mark);
+}
+
 // Sums up states from .. to - 1 of those from index `first` on, `apart` apart: a warp, kHeadDim / 32 channels a lane.
-// kBatch: so many are loaded before the first is used.
-template <int kHeadDim, int kBatch>
+// kBatch: so many are loaded before the first is used. kMarked: each is loaded until no mark is left in it.
+template <int kHeadDim, int kBatch, bool kMarked = false>
 __device__ __forceinline__ StateSum<kHeadDim / 32> sum_states(const PartialStates& states, int64_t first, int apart,
                                                               int from, int to, int lane) {
   static_assert(kBatch <= 32);
@@ -125,19 +183,31 @@ __device__ __forceinline__ StateSum<kHeadDim / 32> sum_states(const PartialState
     const float* from_o = states.o + at * kHeadDim + lane * kPer;
     const int here = min(kBatch, to - begin);
     float2 ml[kAlone ? kBatch : 1];
-#pragma unroll
-    for (int i = 0; i < (kAlone ? kBatch : 1); ++i) {
-      const int own = kAlone ? i : lane;
-      ml[i] = make_float2(negative_infinity(), 0.f);
-      if (own < here) ml[i] = __ldcg(from_ml + own * apart);
-    }
     float o[kBatch][kPer];
+    bool missing;
+    do {
 #pragma unroll
-    for (int i = 0; i < kBatch; ++i) {  // all loads first: they are independent
+      for (int i = 0; i < (kAlone ? kBatch : 1); ++i) {
+        const int own = kAlone ? i : lane;
+        ml[i] = make_float2(negative_infinity(), 0.f);
+        if (own < here) load_fresh<kMarked>(ml[i], from_ml + own * apart);
+      }
 #pragma unroll
-      for (int j = 0; j < kPer; ++j) o[i][j] = 0.f;
-      if (i < here) load_fresh(o[i], from_o + i * apart * kHeadDim);
-    }
+      for (int i = 0; i < kBatch; ++i) {  // all loads first: they are independent
+#pragma unroll
+        for (int j = 0; j < kPer; ++j) o[i][j] = 0.f;
+        if (i < here) load_fresh<kMarked>(o[i], from_o + i * apart * kHeadDim);
+      }
+      missing = false;
+      if constexpr (kMarked) {
+#pragma unroll
+        for (int i = 0; i < (kAlone ? kBatch : 1); ++i) missing |= is_mark(ml[i].x) || is_mark(ml[i].y);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+#pragma unroll
+          for (int j = 0; j < kPer; ++j) missing |= is_mark(o[i][j]);
+      }
+    } while (kMarked && __any_sync(0xffffffffu, missing));
     float largest = fmaxf(sum.reference, ml[0].x);
     if constexpr (kAlone) {
 #pragma unroll

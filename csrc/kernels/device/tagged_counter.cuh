@@ -29,4 +29,12 @@ __device__ __forceinline__ int arrive(TaggedCounter* counter) {
   return int(old & 0xffffffffu);
 }
 
+// Waits until so many have arrived. What they had written or seen is seen by this thread.
+__device__ __forceinline__ void await(TaggedCounter* counter, int count) {
+  TaggedCounter now;
+  do {
+    asm volatile("ld.acquire.gpu.u64 %0, [%1];" : "=l"(now) : "l"(counter) : "memory");
+  } while (now != kFreshCounter + TaggedCounter(count));
+}
+
 }  // namespace vericache::cuda

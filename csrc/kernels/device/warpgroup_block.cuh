@@ -25,10 +25,10 @@ struct WarpgroupShape {
   static constexpr int kSlotBytes = kTileTokens / 8 * kGroupBytes;
 
   // Slots of the ring: K in even ones, V in odd ones. Memory reads slower the more is asked of it beyond what it takes
-  // to keep it busy, so 8 rows ask for what comes in 5 us at its full rate: 128 KB on an H100, 192 on an H200. Two
-  // warpgroups, which hold a slot longer, need more. So many requests that their schedule needs the room get fewer.
+  // to keep it busy, so one warpgroup asks for what comes in 5 us at its full rate: 128 KB on an H100, 192 on an H200.
+  // Two, which hold a slot longer, need more. So many requests that their schedule needs the room get fewer.
   static constexpr int kFewestSlots = 4, kUsualSlots = (kWarpgroups == 2 ? 160 : 128) * 1024 / kSlotBytes;
-  static constexpr int kMostSlots = kRows == 8 ? 192 * 1024 / kSlotBytes : kUsualSlots;
+  static constexpr int kMostSlots = kWarpgroups == 1 ? 192 * 1024 / kSlotBytes : kUsualSlots;
   static_assert(kUsualSlots % 2 == 0 && kMostSlots % 2 == 0);
   static int slots(const DeviceInfo& info) {
     const double bytes = 5e-6 * info.memory_rate() / info.multiprocessors;
