@@ -2,8 +2,8 @@
 // Counters in a workspace whose contents are unknown before a launch: a tag in the high word, the count in the low one.
 //
 // Some block of the launch sets kFreshCounter after its wait for the kernel before; adding to a counter that does not
-// carry the tag yet is repeated; the last to add clears it, so that no launch meets another's tag, a NaN no arithmetic
-// makes.
+// carry the tag yet is repeated; the last to add, or who has waited for it, clears it, so that no launch meets
+// another's tag, a NaN no arithmetic makes.
 #pragma once
 
 namespace vericache::cuda {
