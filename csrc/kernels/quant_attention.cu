@@ -119,7 +119,7 @@ constexpr bool has_shape(int head_dim, int bits) {
 
 bool takes_tensor_cores(const QuantAttentionParams& p) {
   return p.dtype == DType::kBFloat16 && has_shape(p.head_dim, p.bits) && p.page_size >= kQuantTokens &&
-         (p.group == 32 || p.group == 64) && p.q_stride_row % 8 == 0 && p.q_stride_head % 8 == 0 && aligned16(p.q);
+         (p.group == 32 || p.group == 64) && q_aligned16(p);
 }
 
 // One row a request (or fewer) of at most four heads a group: see quant_state.cuh.

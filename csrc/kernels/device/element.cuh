@@ -111,6 +111,11 @@ void dispatch_element(DType dtype, F&& f) {
 }
 
 inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
+// Every query row and head of attention's parameters, of two bytes an element, starts at a multiple of 16 bytes.
+template <class Params>
+bool q_aligned16(const Params& p) {
+  return aligned16(p.q) && p.q_stride_row % 8 == 0 && p.q_stride_head % 8 == 0;
+}
 // Every row of a strided matrix of T starts at a multiple of 16 bytes.
 inline bool rows_aligned16(const void* p, int64_t stride, int elem_bytes) {
   return aligned16(p) && stride * elem_bytes % 16 == 0;

@@ -6,6 +6,9 @@
 
 namespace vericache::cuda {
 
+// A NaN that no arithmetic makes: where it stands no result has been stored.
+inline constexpr uint32_t kNoResult = 0xffa5c3e1u;
+
 // 2^x: 2^0 is exactly 1, 2^-inf exactly 0.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;

@@ -99,7 +99,7 @@ __device__ __forceinline__ void kept_merge(const KeptSingleArgs& args, const Kep
                                            int warp, int lane) {
   constexpr int kWarps = Shape::kWarps + 1, kRow = Shape::kHeadDim + 4;
   const int parts = head.items * kMergeParts <= kWarps ? kMergeParts : 1;
-  const int row = warp / parts, part = warp % parts, each = (head.pieces + parts - 1) / parts;
+  const int row = warp / parts, part = warp % parts, each = ceil_of(head.pieces, parts);
   static_assert(Shape::kStateBytes + kWarps * kRow * 4 <= Shape::kBytes);
   auto* exchanged = reinterpret_cast<float*>(smem + Shape::kStateBytes) + warp * kRow;
   StateSum<4> sum;
@@ -173,7 +173,8 @@ __global__ void __launch_bounds__(32 * (Shape::kWarps + 1), 1)
     }
 #pragma unroll 1
     while (ring.next < kHalves && __shfl_sync(kAll, mbarrier_done_now(over, 0), 0) == 0) {
-      p.cache_settled&& next_token() < span.hole_end ? cp_async_wait<0>() : wait_for_previous_kernel();
+      const bool settled = p.cache_settled && next_token() < span.hole_end;
+      settled ? cp_async_wait<0>() : wait_for_previous_kernel();
       copy_next();
     }
     wait_for_previous_kernel();
@@ -200,7 +201,7 @@ __global__ void __launch_bounds__(32 * (Shape::kWarps + 1), 1)
   }
   __syncthreads();  // deposits are there, and marks of all the head's pieces if this block merges them
   if (warp < head.items)
-    sum_deposits<Shape>(smem, Shape::kBytes, warp, lane)
+    sum_deposits<Shape>(smem, Shape::kBytes, EveryWarp{}, warp, lane)
         .template store<Shape::kHeadDim>(args.states, int64_t(blockIdx.x) * Shape::kItemRows + warp, lane);
   if (head.items > 0 && int(blockIdx.x) == head.first_block) kept_merge<Shape>(args, head, smem, warp, lane);
   // Zeros for idle rows, and where there is nothing to see.
@@ -219,9 +220,8 @@ __global__ void __launch_bounds__(32 * (Shape::kWarps + 1), 1)
 
 // Whether it is for this call.
 inline bool takes_kept_single(const KeptAttentionParams& p, const DeviceInfo& info) {
-  const bool q_aligned = p.q_stride_row % 8 == 0 && p.q_stride_head % 8 == 0 && aligned16(p.q);
   return info.hopper && p.head_dim == 128 && p.requests == 1 && p.rows * (p.q_heads / p.kv_heads) <= 8 &&
-         p.kv_heads <= 32 && 4 * p.kv_heads <= info.multiprocessors && !p.as_full && q_aligned;
+         p.kv_heads <= 32 && 4 * p.kv_heads <= info.multiprocessors && !p.as_full && q_aligned16(p);
 }
 
 inline int64_t kept_single_states(const DeviceInfo& info) { return int64_t(info.multiprocessors) * 8; }

@@ -32,15 +32,15 @@ struct QuantUnit {
   }
 };
 
-// By all threads of the block. `deposits`: `apart` bytes from warp to warp, of the warps w that have(w).
-template <class Shape, class Have>
+// By all threads of the block. `deposits`: `apart` bytes from warp to warp, of the warps w that has(w).
+template <class Shape, class Has>
 __device__ __forceinline__ void merge_deposits(const QuantAttentionParams& p, const PartialStates& states,
                                                const QuantUnit& unit, const unsigned char* deposits, int apart,
-                                               const Have& have) {
+                                               const Has& has) {
   constexpr int kPieces = Shape::kHeadDim / 4;
   for (int task = threadIdx.x; task < unit.rows * kPieces; task += int(blockDim.x)) {
     const int row = task / kPieces, piece = task % kPieces;
-    const auto sum = sum_deposits<Shape>(deposits, apart, have, row, piece);
+    const auto sum = sum_deposits<Shape>(deposits, apart, has, row, piece);
     if (unit.whole)
       sum.store_normalized(static_cast<uint16_t*>(p.out) + unit.out_row(p, row) * Shape::kHeadDim + piece * 4);
     else

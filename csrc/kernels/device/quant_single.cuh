@@ -107,7 +107,7 @@ __global__ void __maxnreg__(kSingleRegisters) quant_single_kernel(const __grid_c
   __syncthreads();  // deposits are there
   QuantUnit part{};
   part.rows = min(Shape::kItemRows, items - first_item);
-  merge_deposits<typename Shape::Tile>(p, args.states, part, smem, Shape::kRingBytes, [](int) { return true; });
+  merge_deposits<typename Shape::Tile>(p, args.states, part, smem, Shape::kRingBytes, EveryWarp{});
 #else
   __trap();  // never launched elsewhere
 #endif

@@ -3,7 +3,6 @@
 #pragma once
 
 #include "element.cuh"
-#include "reduce.cuh"
 #include "softmax_state.cuh"
 
 namespace vericache::cuda {
@@ -83,6 +82,10 @@ __device__ __forceinline__ void deposit_nothing(unsigned char* to, int lane) {
   if (lane < Shape::kItemRows) ml[lane] = make_float2(negative_infinity(), 0.f);
 }
 
+struct EveryWarp {
+  __device__ bool operator()(int) const { return true; }
+};
+
 // Of a row's states that warps have left, `apart` bytes from warp to warp: channels 4 piece .. of their sum. has(w):
 // whether warp w has left one.
 template <class Shape, class Has>
@@ -121,12 +124,6 @@ __device__ __forceinline__ StateSum<4> sum_deposits(const unsigned char* deposit
   return sum;
 }
 
-// The same where every warp has left one.
-template <class Shape>
-__device__ __forceinline__ StateSum<4> sum_deposits(const unsigned char* deposits, int apart, int row, int piece) {
-  return sum_deposits<Shape>(deposits, apart, [](int) { return true; }, row, piece);
-}
-
 // Past the L1: for what other blocks, or another kernel, have written meanwhile. kAgain: others may write it while it
 // is loaded again and again.
 template <bool kAgain>
@@ -156,41 +153,38 @@ __device__ __forceinline__ void load_fresh(float (&to)[kChannels], const float* 
   }
 }
 
-// What stands in a state until it is stored: a NaN that no arithmetic makes.
-inline constexpr uint32_t kMark = 0xffa5c3e1u;
-__device__ __forceinline__ bool is_mark(float x) { return __float_as_uint(x) == kMark; }
+// What stands in a state until it is stored.
+__device__ __forceinline__ bool is_mark(float x) { return __float_as_uint(x) == kNoResult; }
 // By one warp: marks state `at`.
 template <int kHeadDim>
 __device__ __forceinline__ void mark_state(const PartialStates& states, int64_t at, int lane) {
-  const float mark = __uint_as_float(kMark);
+  const float mark = __uint_as_float(kNoResult);
   for (int i = lane; i < kHeadDim / 4; i += 32)
     reinterpret_cast<float4*>(states.o + at * kHeadDim)[i] = {mark, mark, mark, mark};
   if (lane == 0) states.ml[at] = make_float2(mark, mark);
 }
 
 // Sums up states from .. to - 1 of those from index `first` on, `apart` apart: a warp, kHeadDim / 32 channels a lane.
-// kBatch: so many are loaded before the first is used. kMarked: each is loaded until no mark is left in it.
+// kBatch: so many are loaded before the first is used; every lane reads m and l of each, which saves an exchange.
+// kMarked: each is loaded until no mark is left in it.
 template <int kHeadDim, int kBatch, bool kMarked = false>
 __device__ __forceinline__ StateSum<kHeadDim / 32> sum_states(const PartialStates& states, int64_t first, int apart,
                                                               int from, int to, int lane) {
-  static_assert(kBatch <= 32);
   constexpr int kPer = kHeadDim / 32;
-  constexpr bool kAlone = kBatch <= 8;  // every lane reads m and l of a small batch, which saves the exchange
   StateSum<kPer> sum;
   for (int begin = from; begin < to; begin += kBatch) {
     const int64_t at = first + int64_t(begin) * apart;
     const float2* from_ml = states.ml + at;
     const float* from_o = states.o + at * kHeadDim + lane * kPer;
     const int here = min(kBatch, to - begin);
-    float2 ml[kAlone ? kBatch : 1];
+    float2 ml[kBatch];
     float o[kBatch][kPer];
     bool missing;
     do {
 #pragma unroll
-      for (int i = 0; i < (kAlone ? kBatch : 1); ++i) {
-        const int own = kAlone ? i : lane;
+      for (int i = 0; i < kBatch; ++i) {
         ml[i] = make_float2(negative_infinity(), 0.f);
-        if (own < here) load_fresh<kMarked>(ml[i], from_ml + own * apart);
+        if (i < here) load_fresh<kMarked>(ml[i], from_ml + i * apart);
       }
 #pragma unroll
       for (int i = 0; i < kBatch; ++i) {  // all loads first: they are independent
@@ -201,7 +195,7 @@ __device__ __forceinline__ StateSum<kHeadDim / 32> sum_states(const PartialState
       missing = false;
       if constexpr (kMarked) {
 #pragma unroll
-        for (int i = 0; i < (kAlone ? kBatch : 1); ++i) missing |= is_mark(ml[i].x) || is_mark(ml[i].y);
+        for (int i = 0; i < kBatch; ++i) missing |= is_mark(ml[i].x) || is_mark(ml[i].y);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
 #pragma unroll
@@ -209,25 +203,14 @@ __device__ __forceinline__ StateSum<kHeadDim / 32> sum_states(const PartialState
       }
     } while (kMarked && __any_sync(0xffffffffu, missing));
     float largest = fmaxf(sum.reference, ml[0].x);
-    if constexpr (kAlone) {
 #pragma unroll
-      for (int i = 1; i < kBatch; ++i) largest = fmaxf(largest, ml[i].x);
-    } else {
-      for (int step = 16; step > 0; step /= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-    }
+    for (int i = 1; i < kBatch; ++i) largest = fmaxf(largest, ml[i].x);
     sum.raise(largest);
-    if constexpr (kAlone) {
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        const float weight = sum.weight_of(ml[i].x, largest);
-        sum.l = fmaf(ml[i].y, weight, sum.l);
-        sum.add(o[i], weight);
-      }
-    } else {
-      const float weight = sum.weight_of(ml[0].x, largest);
-      sum.l += warp_sum(ml[0].y * weight);
-#pragma unroll
-      for (int i = 0; i < kBatch; ++i) sum.add(o[i], __shfl_sync(0xffffffffu, weight, i));
+    for (int i = 0; i < kBatch; ++i) {
+      const float weight = sum.weight_of(ml[i].x, largest);
+      sum.l = fmaf(ml[i].y, weight, sum.l);
+      sum.add(o[i], weight);
     }
   }
   return sum;

@@ -3,13 +3,15 @@
 //
 // Some block of the launch sets kFreshCounter after its wait for the kernel before; adding to a counter that does not
 // carry the tag yet is repeated; the last to add, or who has waited for it, clears it, so that no launch meets
-// another's tag, a NaN no arithmetic makes.
+// another's tag.
 #pragma once
+
+#include "fast_math.cuh"
 
 namespace vericache::cuda {
 
 using TaggedCounter = unsigned long long;
-inline constexpr TaggedCounter kFreshCounter = 0xffa5c3e1ull << 32;
+inline constexpr TaggedCounter kFreshCounter = TaggedCounter(kNoResult) << 32;
 
 __device__ __forceinline__ bool is_tagged(TaggedCounter x) { return x >> 32 == kFreshCounter >> 32; }
 

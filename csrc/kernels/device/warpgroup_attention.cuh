@@ -84,8 +84,8 @@ void launch_warpgroup_attention(const typename Keys::Params& p, int max_splits, 
   int slots = Shape::slots(info);
   while (slots > Shape::kFewestSlots && smem_of(slots) > size_t(info.smem_optin)) slots -= 2;
   const size_t smem = smem_of(slots);
-  VC_CHECK(aligned16(p.q) && p.q_stride_row % 8 == 0 && p.q_stride_head % 8 == 0, "q has strides ", p.q_stride_row,
-           ", ", p.q_stride_head, " elements or starts off a multiple of 16 bytes; make it contiguous.");
+  VC_CHECK(q_aligned16(p), "q has strides ", p.q_stride_row, ", ", p.q_stride_head,
+           " elements or starts off a multiple of 16 bytes; make it contiguous.");
   VC_CHECK(smem <= size_t(info.smem_optin), p.requests,
            " requests leave no shared memory for the attention kernel; use fewer a batch.");
   const int group = p.q_heads / p.kv_heads;
