@@ -49,15 +49,18 @@ struct HalfRing {
     cp_async_commit();
     ++next;
   }
-  // The first `count` halves. Until the wait for the kernel before, which the first half that is not `settled` brings,
-  // one is on its way at a time: what that kernel asks of the memory queues behind what has been asked already.
+  // The next of the first halves. Until the wait for the kernel before, which the first half that is not `settled`
+  // brings, one is on its way at a time: what that kernel asks of the memory queues behind what has been asked already.
+  template <class CopyNext>
+  __device__ __forceinline__ void fill_next(bool settled, const CopyNext& copy_next) {
+    settled ? cp_async_wait<0>() : wait_for_previous_kernel();
+    copy_next();
+  }
+  // The first `count` halves.
   template <class Settled, class CopyNext>
   __device__ __forceinline__ void fill(int count, const Settled& settled, const CopyNext& copy_next) {
 #pragma unroll 1
-    for (int i = 0; i < count; ++i) {
-      settled() ? cp_async_wait<0>() : wait_for_previous_kernel();
-      copy_next();
-    }
+    for (int i = 0; i < count; ++i) fill_next(settled(), copy_next);
   }
 
   // The half to be read next; once it, and so many more, are there.

@@ -172,11 +172,8 @@ __global__ void __launch_bounds__(32 * (Shape::kWarps + 1), 1)
       row_end[r] = i < head.items ? span.hole_end + position + 1 - request.tail_start : 0;
     }
 #pragma unroll 1
-    while (ring.next < kHalves && __shfl_sync(kAll, mbarrier_done_now(over, 0), 0) == 0) {
-      const bool settled = p.cache_settled && next_token() < span.hole_end;
-      settled ? cp_async_wait<0>() : wait_for_previous_kernel();
-      copy_next();
-    }
+    while (ring.next < kHalves && __shfl_sync(kAll, mbarrier_done_now(over, 0), 0) == 0)
+      ring.fill_next(p.cache_settled && next_token() < span.hole_end, copy_next);
     wait_for_previous_kernel();
 #pragma unroll 1
     while (ring.next < kHalves) copy_next();

@@ -1,8 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // What one warp of kept_single.cuh sums up over its tiles, with mma m16n8k16. Keys and channels take the 16-wide side
 // of the mma, item rows its 8-wide side: scores are s[key][row], outputs o[channel][row]; movmatrix turns the weights
-// from one into the other. Weights are 2^(x - reference); as in quant_state.cuh the reference is raised to the running
-// maximum only when a weight would exceed 2^kSlack, which saves lanes an exchange a tile.
+// from one into the other. Weights: stale_maximum.cuh.
 //
 // Lane (g, t) = (lane / 4, lane % 4).
 #pragma once
@@ -11,6 +10,7 @@
 #include "element.cuh"
 #include "mma.cuh"
 #include "softmax_state.cuh"
+#include "stale_maximum.cuh"
 
 namespace vericache::cuda {
 
@@ -90,39 +90,26 @@ struct KeptState {
 #pragma unroll
     for (int e = 0; e < 4; ++e) x[e] = g + e / 2 * 8 < seen[e % 2] ? (even[e] + odd[e]) * c : negative_infinity();
     float w[4];
-    uint32_t packed[2];
+    uint32_t packed[1][2];
     const auto weigh = [&](const float (&from)[2]) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) w[e] = fast_exp2(x[e] - from[e % 2]);
-      packed[0] = pack_bf16(w[0], w[1]), packed[1] = pack_bf16(w[2], w[3]);
+      packed[0][0] = pack_bf16(w[0], w[1]), packed[0][1] = pack_bf16(w[2], w[3]);
     };
-    weigh(reference);
-    // Positive floats compare as integers; infinities and NaN, which the first tile gives, are above.
-    constexpr uint32_t kLimit = uint32_t(127 + kSlack) << 7;
-    const uint32_t most = max_bf16x2(packed[0], packed[1]);
-    if (__any_sync(0xffffffffu, (most & 0x7fffu) > kLimit || (most >> 16 & 0x7fffu) > kLimit)) {
-      float next[2], rescale[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float largest = fmaxf(x[r], x[r + 2]);
-#pragma unroll
-        for (int step = 4; step < 32; step *= 2) largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-        largest = fmaxf(largest, reference[r]);
-        next[r] = largest == negative_infinity() ? 0.f : largest;
-        rescale[r] = fast_exp2(reference[r] - next[r]);
-        reference[r] = largest;
-        l[r] *= rescale[r];
-      }
+    const auto rescale = [&](const float (&by)[2]) {
 #pragma unroll
       for (int n = 0; n < Shape::kSteps; ++n)
 #pragma unroll
-        for (int e = 0; e < 4; ++e) o[n][e] *= rescale[e % 2];
-      weigh(next);
-    }
+        for (int e = 0; e < 4; ++e) o[n][e] *= by[e % 2];
+#pragma unroll
+      for (int r = 0; r < 2; ++r) l[r] *= by[r];
+    };
+    weigh_against_stale<false, kSlack, 4>(
+        reference, packed, weigh, [&](int r) { return fmaxf(x[r], x[r + 2]); }, rescale);
 #pragma unroll
     for (int r = 0; r < 2; ++r) l[r] += w[r] + w[r + 2];
 #pragma unroll
-    for (int half = 0; half < 2; ++half) weights[half] = movmatrix_trans(packed[half]);
+    for (int half = 0; half < 2; ++half) weights[half] = movmatrix_trans(packed[0][half]);
   }
 
   __device__ __forceinline__ void values(uint32_t tile, int lane, const uint32_t (&weights)[2]) {

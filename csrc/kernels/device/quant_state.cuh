@@ -21,14 +21,14 @@
 // Lane (g, t) = (lane / 4, lane % 4). Of each 16-byte piece c of a key it has word t; of a value unit g. In a block of
 // 16 tokens, slot s < 8 (row of the score tile, k index of the second product) is token 2s, slot 8 + s token 2s + 1.
 //
-// Weights are 2^(x - reference), raised by 2^kWeightShift. The reference is raised to the running maximum only when a
-// weight would exceed 2^kSlack; any reference is right that keeps weights in range.
+// Weights are 2^(x - reference), raised by 2^kWeightShift; without that they are at most 2^kSlack (stale_maximum.cuh).
 #pragma once
 
 #include "element.cuh"
 #include "mma.cuh"
 #include "quant_tile.cuh"
 #include "softmax_state.cuh"
+#include "stale_maximum.cuh"
 
 namespace vericache::cuda {
 
@@ -115,7 +115,6 @@ struct QuantState {
   __device__ __forceinline__ void weigh(const float (&s)[kBlocks][4], float factor, const float (&bias)[kBlocks][2],
                                         uint32_t (&weights)[kBlocks][2]) {
     const auto pack = [](float a, float b) { return kHalf ? pack_half(a, b) : pack_bf16(a, b); };
-    const auto larger = [](uint32_t a, uint32_t b) { return kHalf ? max_half2(a, b) : max_bf16x2(a, b); };
     uint32_t packed[kBlocks][2];
     const auto compute = [&](const float (&from)[2]) {
 #pragma unroll
@@ -128,38 +127,25 @@ struct QuantState {
         packed[b][1] = pack(w[2], w[3]);
       }
     };
-    compute(reference);
-    uint32_t most = larger(packed[0][0], packed[0][1]);
+    const auto largest = [&](int r) {
+      float x = negative_infinity();
 #pragma unroll
-    for (int b = 1; b < kBlocks; ++b) most = larger(most, larger(packed[b][0], packed[b][1]));
-    // Positive floats compare as integers; infinities and NaN, which the first tile gives, are above.
-    constexpr uint32_t kLimit = uint32_t((kHalf ? 15 : 127) + kWeightShift + kSlack) << (kHalf ? 10 : 7);
-    if (__any_sync(0xffffffffu, (most & 0x7fffu) > kLimit || (most >> 16 & 0x7fffu) > kLimit)) {
-      float next[2], rescale[2];
-#pragma unroll
-      for (int r = 0; r < 2; ++r) {
-        float x = negative_infinity();
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b)
-          x = fmaxf(x, fmaxf(fmaf(s[b][r], factor, bias[b][r]), fmaf(s[b][r + 2], factor, bias[b][r])));
-#pragma unroll
-        for (int step = Shape::kPaired ? 2 : 4; step < 32; step *= 2)
-          x = fmaxf(x, __shfl_xor_sync(0xffffffffu, x, step));
-        x = fmaxf(x, reference[r]);
-        next[r] = x == negative_infinity() ? 0.f : x;
-        rescale[r] = fast_exp2(reference[r] - next[r]);
-        reference[r] = x;
-      }
+      for (int b = 0; b < kBlocks; ++b)
+        x = fmaxf(x, fmaxf(fmaf(s[b][r], factor, bias[b][r]), fmaf(s[b][r + 2], factor, bias[b][r])));
+      return x;
+    };
+    const auto rescale = [&](const float (&by)[2]) {
 #pragma unroll
       for (int set = 0; set < kSets; ++set)
 #pragma unroll
         for (int n = 0; n < kTiles; ++n)
 #pragma unroll
-          for (int e = 0; e < 4; ++e) o[set][n][e] *= rescale[e % 2];
+          for (int e = 0; e < 4; ++e) o[set][n][e] *= by[e % 2];
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sums[e] *= rescale[e % 2];
-      compute(next);
-    }
+      for (int e = 0; e < 4; ++e) sums[e] *= by[e % 2];
+    };
+    weigh_against_stale<kHalf, kWeightShift + kSlack, Shape::kPaired ? 2 : 4>(reference, packed, compute, largest,
+                                                                              rescale);
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b)
 #pragma unroll
